@@ -1,0 +1,144 @@
+//! Rules to BPF. The compiler is seccompiler; what it has no words for (x32, a call answered
+//! with an error, values known only at install) is added here.
+
+use std::collections::BTreeMap;
+
+use seccompiler::{BpfProgram, SeccompAction, SeccompFilter, SeccompRule, TargetArch, sock_filter};
+
+use crate::condition::Value;
+use crate::policy::{Role, Rule};
+
+/// Instructions with which seccompiler's output begins: load the architecture, compare it, kill.
+const ARCH_CHECK: usize = 3;
+/// Calls with this bit are x32's: another ABI for the same architecture value.
+const X32_BIT: u32 = 0x4000_0000;
+
+// Classic BPF (linux/bpf_common.h) with the fields that are zero left out.
+const LOAD_WORD: u16 = 0x20;
+const JUMP_IF_EQUAL: u16 = 0x15;
+const JUMP_IF_GREATER_OR_EQUAL: u16 = 0x35;
+const JUMP: u16 = 0x05;
+const RETURN: u16 = 0x06;
+
+/// One compiled filter.
+pub struct Template<'a> {
+    pub role: &'a Role,
+    pub stage: &'static str,
+    pub rules: Vec<&'a Rule>,
+    pub program: BpfProgram,
+    /// Instructions whose constant is replaced by the process's id.
+    pub tgid_at: Vec<usize>,
+}
+
+/// Compiles every stage of every role.
+pub fn templates(roles: &[Role]) -> Result<Vec<Template<'_>>, String> {
+    roles
+        .iter()
+        .flat_map(|role| [(role, "Setup", &role.setup), (role, "Sealed", &role.sealed)])
+        .map(|(role, stage, rules)| {
+            template(role, stage, rules).map_err(|error| format!("{}, {stage}: {error}", role.name))
+        })
+        .collect()
+}
+
+fn template<'a>(
+    role: &'a Role,
+    stage: &'static str,
+    rules: &'a [Rule],
+) -> Result<Template<'a>, String> {
+    // Where a placeholder ended up shows when two values of it are compiled: exactly those
+    // instructions differ. Looking for one chosen value could find a real constant instead.
+    let program = compile(rules, 0)?;
+    let other = compile(rules, u32::MAX)?;
+    let tgid_at: Vec<usize> = (0..program.len())
+        .filter(|&at| program[at] != other[at])
+        .collect();
+    let placeholders = rules
+        .iter()
+        .flat_map(|rule| &rule.conditions)
+        .filter(|condition| condition.value == Value::Tgid)
+        .count();
+    if program.len() != other.len() || tgid_at.len() != placeholders {
+        return Err("the places of $TGID are ambiguous".into());
+    }
+    let mut rules: Vec<&Rule> = rules.iter().collect();
+    rules.sort_by_key(|rule| (&rule.syscall, rule.errno.is_some()));
+    Ok(Template {
+        role,
+        stage,
+        rules,
+        program,
+        tgid_at,
+    })
+}
+
+fn compile(rules: &[Rule], tgid: u32) -> Result<BpfProgram, String> {
+    let mut alternatives: BTreeMap<i64, Vec<SeccompRule>> = BTreeMap::new();
+    for rule in rules.iter().filter(|rule| rule.errno.is_none()) {
+        let alternatives = alternatives.entry(rule.number).or_default();
+        if !rule.conditions.is_empty() {
+            let conditions = rule
+                .conditions
+                .iter()
+                .map(|condition| condition.compile(tgid))
+                .collect::<Result<_, _>>()?;
+            alternatives.push(SeccompRule::new(conditions).map_err(|error| error.to_string())?);
+        }
+    }
+    let mut prologue = refuse_x32();
+    for rule in rules {
+        if let Some((name, errno)) = &rule.errno {
+            let errno = u16::try_from(*errno).map_err(|_| format!("{name} is no errno"))?;
+            let allowed = alternatives.remove(&rule.number).unwrap_or_default();
+            prologue.extend(answer(rule.number, allowed, errno)?);
+        }
+    }
+    let filter = SeccompFilter::new(
+        alternatives,
+        SeccompAction::Trap,
+        SeccompAction::Allow,
+        TargetArch::x86_64,
+    )
+    .map_err(|error| error.to_string())?;
+    let mut program: BpfProgram = filter
+        .try_into()
+        .map_err(|error: seccompiler::BackendError| error.to_string())?;
+    // All jumps are relative and lead forward, so instructions may be put in after the check.
+    program.splice(ARCH_CHECK..ARCH_CHECK, prologue);
+    Ok(program)
+}
+
+/// Loads the number of the call, and kills if it is x32's.
+fn refuse_x32() -> BpfProgram {
+    vec![
+        instruction(LOAD_WORD, 0, 0, 0),
+        instruction(JUMP_IF_GREATER_OR_EQUAL, 0, 1, X32_BIT),
+        instruction(RETURN, 0, 0, libc::SECCOMP_RET_KILL_PROCESS),
+    ]
+}
+
+/// Allows call `number` where one of `allowed` holds, and answers it with `errno` where none does.
+/// Leaves the loaded number alone for every other call.
+fn answer(number: i64, allowed: Vec<SeccompRule>, errno: u16) -> Result<BpfProgram, String> {
+    let mut body = BpfProgram::new();
+    for rule in allowed {
+        // Falls through when the rule holds, and jumps behind the next instruction when not.
+        body.extend(BpfProgram::from(rule));
+        body.push(instruction(RETURN, 0, 0, libc::SECCOMP_RET_ALLOW));
+    }
+    let answer = libc::SECCOMP_RET_ERRNO | u32::from(errno);
+    body.push(instruction(RETURN, 0, 0, answer));
+
+    let number = u32::try_from(number).map_err(|error| error.to_string())?;
+    let length = u32::try_from(body.len()).map_err(|error| error.to_string())?;
+    let mut program = vec![
+        instruction(JUMP_IF_EQUAL, 1, 0, number),
+        instruction(JUMP, 0, 0, length),
+    ];
+    program.extend(body);
+    Ok(program)
+}
+
+fn instruction(code: u16, jt: u8, jf: u8, k: u32) -> sock_filter {
+    sock_filter { code, jt, jf, k }
+}

@@ -1,0 +1,80 @@
+//! The names that a policy may use for numbers.
+
+/// The value of `text`: a decimal or hexadecimal number, a name, or names joined by `|`.
+pub fn value(text: &str) -> Option<u64> {
+    text.split('|')
+        .try_fold(0, |all, part| Some(all | one(part)?))
+}
+
+fn one(text: &str) -> Option<u64> {
+    if let Some(digits) = text.strip_prefix("0x") {
+        return u64::from_str_radix(digits, 16).ok();
+    }
+    if text.starts_with(|first: char| first.is_ascii_digit()) {
+        return text.parse().ok();
+    }
+    let of_libc = |(name, _): &&(&str, i64)| *name == text;
+    if let Some((_, value)) = LIBC.iter().find(of_libc) {
+        return u64::try_from(*value).ok();
+    }
+    let request = |(name, ..): &&(&str, _, _, _, _)| *name == text;
+    let (_, direction, kind, number, size) = IOCTLS.iter().find(request)?;
+    Some((direction << 30) | (size << 16) | (kind << 8) | number)
+}
+
+macro_rules! libc_constants {
+    ($($name:ident)*) => { &[$((stringify!($name), libc::$name as i64)),*] };
+}
+
+const LIBC: &[(&str, i64)] = libc_constants! {
+    AF_UNIX AT_EMPTY_PATH
+    CLONE_CHILD_CLEARTID CLONE_FILES CLONE_FS CLONE_PARENT_SETTID CLONE_SETTLS CLONE_SIGHAND
+    CLONE_SYSVSEM CLONE_THREAD CLONE_VM
+    ENOSYS EPERM
+    F_DUPFD_CLOEXEC F_GETFD F_GETFL F_GET_SEALS F_SETFD F_SETFL
+    MADV_DONTNEED
+    MAP_ANONYMOUS MAP_HUGETLB MAP_LOCKED MAP_PRIVATE
+    MSG_CMSG_CLOEXEC MSG_DONTWAIT MSG_NOSIGNAL MSG_PEEK
+    PROT_EXEC
+    PR_GET_NAME PR_SET_NAME PR_SET_NO_NEW_PRIVS
+    SECCOMP_SET_MODE_FILTER
+    SIGINT SIGTERM
+    SOCK_CLOEXEC SOCK_NONBLOCK
+    SOL_SOCKET SO_ACCEPTCONN SO_TYPE
+    FIONBIO TCGETS TCSETS
+};
+
+const NONE: u64 = 0;
+const WRITE: u64 = 1;
+const READ: u64 = 2;
+const READ_WRITE: u64 = 3;
+const TUN: u64 = b'T' as u64;
+const KVM: u64 = 0xae;
+
+/// ioctl requests that libc has no name for: name, direction, kind, number, size of the argument
+/// (`_IOC` of ioctl(2); linux/kvm.h, linux/if_tun.h).
+const IOCTLS: &[(&str, u64, u64, u64, u64)] = &[
+    ("KVM_CHECK_EXTENSION", NONE, KVM, 0x03, 0),
+    ("KVM_CREATE_IRQCHIP", NONE, KVM, 0x60, 0),
+    ("KVM_CREATE_PIT2", WRITE, KVM, 0x77, 64),
+    ("KVM_CREATE_VCPU", NONE, KVM, 0x41, 0),
+    ("KVM_CREATE_VM", NONE, KVM, 0x01, 0),
+    ("KVM_GET_API_VERSION", NONE, KVM, 0x00, 0),
+    ("KVM_GET_SREGS", READ, KVM, 0x83, 312),
+    ("KVM_GET_SUPPORTED_CPUID", READ_WRITE, KVM, 0x05, 8),
+    ("KVM_GET_VCPU_MMAP_SIZE", NONE, KVM, 0x04, 0),
+    ("KVM_IOEVENTFD", WRITE, KVM, 0x79, 64),
+    ("KVM_IRQFD", WRITE, KVM, 0x76, 32),
+    ("KVM_RUN", NONE, KVM, 0x80, 0),
+    ("KVM_SET_CPUID2", WRITE, KVM, 0x90, 8),
+    ("KVM_SET_GSI_ROUTING", WRITE, KVM, 0x6a, 8),
+    ("KVM_SET_IDENTITY_MAP_ADDR", WRITE, KVM, 0x48, 8),
+    ("KVM_SET_MSRS", WRITE, KVM, 0x89, 8),
+    ("KVM_SET_REGS", WRITE, KVM, 0x82, 144),
+    ("KVM_SET_SREGS", WRITE, KVM, 0x84, 312),
+    ("KVM_SET_TSS_ADDR", NONE, KVM, 0x47, 0),
+    ("KVM_SET_USER_MEMORY_REGION", WRITE, KVM, 0x46, 32),
+    ("TUNGETIFF", READ, TUN, 210, 4),
+    ("TUNSETOFFLOAD", WRITE, TUN, 208, 4),
+    ("TUNSETVNETHDRSZ", WRITE, TUN, 216, 4),
+];

@@ -1,0 +1,192 @@
+//! Seccomp policies: which system calls each role may make, in which stage, and why.
+//!
+//! The policies are `policy/x86_64/*.json`, one file per role over `common.json`. The build
+//! compiles them to BPF [`Template`]s; [`install()`] fills in what only the running process knows
+//! and enters the filter. What a policy does not allow raises SIGSYS, which
+//! [`install_violation_reporter`] turns into one line on standard error and exit code 159. A call
+//! by another architecture's ABI, x32's included, kills the process at once.
+//!
+//! Filters stack: the kernel asks all of a thread's filters and takes the strictest answer.
+//! Therefore the `setup` policy of a role contains its `sealed` one, and that of a role which
+//! starts threads contains theirs too.
+
+mod explain;
+mod install;
+
+pub use explain::Explanation;
+pub use install::{Error, install, install_violation_reporter};
+pub use libc::sock_filter;
+
+/// Exit code of a process that a violation ended: 128 + SIGSYS, as a shell would report it.
+pub const EXIT_VIOLATION: i32 = 159;
+
+/// What a thread or process is there for, which decides what it may call.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Role {
+    /// The VMM's control thread.
+    Control,
+    /// The VMM's thread that runs virtio devices.
+    Device,
+    /// A VMM's thread that runs one vCPU.
+    Vcpu,
+    /// The VMM's worker for prefault and snapshot.
+    Helper,
+    /// The process beside a VMM that opens and connects for it.
+    Broker,
+    /// The `casemate` process that moves a command's streams.
+    Monitor,
+    /// A process that unpacks a kernel from one open descriptor to another.
+    Unpacker,
+    /// A process that unpacks an archive below one directory.
+    Archive,
+}
+
+impl Role {
+    /// Every role.
+    pub const ALL: [Role; 8] = [
+        Role::Control,
+        Role::Device,
+        Role::Vcpu,
+        Role::Helper,
+        Role::Broker,
+        Role::Monitor,
+        Role::Unpacker,
+        Role::Archive,
+    ];
+    /// The roles whose threads make up a VMM. Threads share memory, so against a takeover the
+    /// union of these policies is what counts.
+    pub const VMM: [Role; 4] = [Role::Control, Role::Device, Role::Vcpu, Role::Helper];
+
+    /// The name of the policy file.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Role::Control => "control",
+            Role::Device => "device",
+            Role::Vcpu => "vcpu",
+            Role::Helper => "helper",
+            Role::Broker => "broker",
+            Role::Monitor => "monitor",
+            Role::Unpacker => "unpacker",
+            Role::Archive => "archive",
+        }
+    }
+}
+
+/// How far a thread is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Stage {
+    /// Nothing hostile runs yet: descriptors are set up and threads are started.
+    Setup,
+    /// For the rest of the thread's life.
+    Sealed,
+}
+
+impl Stage {
+    /// Both stages, in their order.
+    pub const ALL: [Stage; 2] = [Stage::Setup, Stage::Sealed];
+
+    /// The key in the policy file.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Stage::Setup => "setup",
+            Stage::Sealed => "sealed",
+        }
+    }
+}
+
+/// One rule of a policy.
+#[derive(Debug)]
+pub struct Rule {
+    /// The system call's name.
+    pub syscall: &'static str,
+    /// Its number on x86_64.
+    pub number: i64,
+    /// Conditions on its arguments, as written in the policy; all must hold.
+    pub conditions: &'static [&'static str],
+    /// The error with which the call is answered where no other rule allows it.
+    pub errno: Option<&'static str>,
+    /// Why the role needs it.
+    pub reason: &'static str,
+}
+
+/// The compiled policy of a role in a stage, with places left open.
+pub struct Template {
+    /// Whose policy it is.
+    pub role: Role,
+    /// In which stage.
+    pub stage: Stage,
+    /// Who runs under it.
+    pub about: &'static str,
+    /// What it was compiled from, sorted by name.
+    pub rules: &'static [Rule],
+    instructions: &'static [sock_filter],
+    /// Indices of the instructions whose constant is the process's id.
+    tgid_at: &'static [usize],
+}
+
+include!(concat!(env!("OUT_DIR"), "/templates.rs"));
+
+/// What only the running process knows.
+#[derive(Debug, Clone, Copy)]
+pub struct Patch {
+    /// The process's id, in its own PID namespace: the `$TGID` of policies.
+    pub tgid: u32,
+}
+
+impl Patch {
+    /// The values of the calling process.
+    pub fn of_this_process() -> Self {
+        Self {
+            tgid: std::process::id(),
+        }
+    }
+}
+
+/// The template of `role` in `stage`.
+pub fn template(role: Role, stage: Stage) -> &'static Template {
+    TEMPLATES
+        .iter()
+        .find(|template| template.role == role && template.stage == stage)
+        .expect("the build compiles every role in every stage (unit-tested)")
+}
+
+/// The filter of `role` in `stage` for the process that `patch` describes.
+pub fn program(role: Role, stage: Stage, patch: &Patch) -> Vec<sock_filter> {
+    let template = template(role, stage);
+    let mut program = template.instructions.to_vec();
+    for &at in template.tgid_at {
+        if let Some(instruction) = program.get_mut(at) {
+            instruction.k = patch.tgid;
+        }
+    }
+    program
+}
+
+/// The calls that `role` may make in `stage`, whatever the conditions: names, sorted, each once.
+pub fn syscalls(role: Role, stage: Stage) -> Vec<&'static str> {
+    let allowed = template(role, stage).rules.iter();
+    let mut names: Vec<_> = allowed
+        .filter(|rule| rule.errno.is_none())
+        .map(|rule| rule.syscall)
+        .collect();
+    names.dedup();
+    names
+}
+
+/// The policy of `role` in `stage` for people: each call, its conditions, and why it is there.
+pub fn explain(role: Role, stage: Stage) -> Explanation {
+    Explanation::new(role, stage)
+}
+
+/// The name of system call `number` on x86_64.
+pub fn syscall_name(number: i64) -> Option<&'static str> {
+    let at = SYSCALL_NAMES
+        .binary_search_by_key(&number, |(number, _)| *number)
+        .ok()?;
+    SYSCALL_NAMES.get(at).map(|(_, name)| *name)
+}
+
+#[cfg(test)]
+mod evaluator;
+#[cfg(test)]
+mod tests;

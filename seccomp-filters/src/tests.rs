@@ -1,0 +1,461 @@
+//! The policies, tested by running the compiled filters on calls.
+
+use libc::{SECCOMP_RET_ALLOW, SECCOMP_RET_ERRNO, SECCOMP_RET_KILL_PROCESS, SECCOMP_RET_TRAP};
+
+use crate::evaluator::{Call, X86_64, run};
+use crate::{
+    Patch, Role, SYSCALL_NAMES, Stage, explain, program, syscall_name, syscalls, template,
+};
+
+const PATCH: Patch = Patch { tgid: 4321 };
+
+fn number(name: &str) -> i64 {
+    let call = SYSCALL_NAMES.iter().find(|(_, known)| *known == name);
+    call.unwrap_or_else(|| panic!("no call {name}")).0
+}
+
+fn verdict(role: Role, stage: Stage, name: &str, args: &[u64]) -> u32 {
+    let mut call = Call {
+        arch: X86_64,
+        number: number(name),
+        args: [0; 6],
+    };
+    call.args[..args.len()].copy_from_slice(args);
+    run(&program(role, stage, &PATCH), &call)
+}
+
+fn allows(role: Role, stage: Stage, name: &str, args: &[u64]) -> bool {
+    verdict(role, stage, name, args) == SECCOMP_RET_ALLOW
+}
+
+fn every_policy() -> impl Iterator<Item = (Role, Stage)> {
+    Role::ALL
+        .into_iter()
+        .flat_map(|role| Stage::ALL.map(|stage| (role, stage)))
+}
+
+/// Calls that would let a taken-over VMM out of its walls, or add to what it can reach.
+const FORBIDDEN: &[&str] = &[
+    "open",
+    "openat",
+    "openat2",
+    "creat",
+    "open_by_handle_at",
+    "name_to_handle_at",
+    "socket",
+    "socketpair",
+    "connect",
+    "bind",
+    "listen",
+    "execve",
+    "execveat",
+    "clone",
+    "clone3",
+    "fork",
+    "vfork",
+    "ptrace",
+    "process_vm_readv",
+    "process_vm_writev",
+    "process_madvise",
+    "kcmp",
+    "mount",
+    "umount2",
+    "pivot_root",
+    "chroot",
+    "move_mount",
+    "open_tree",
+    "fsopen",
+    "fsmount",
+    "bpf",
+    "io_uring_setup",
+    "io_uring_enter",
+    "io_uring_register",
+    "userfaultfd",
+    "perf_event_open",
+    "keyctl",
+    "add_key",
+    "request_key",
+    "memfd_create",
+    "memfd_secret",
+    "pidfd_open",
+    "pidfd_getfd",
+    "pidfd_send_signal",
+    "setuid",
+    "setgid",
+    "setreuid",
+    "setregid",
+    "setresuid",
+    "setresgid",
+    "setgroups",
+    "setfsuid",
+    "setfsgid",
+    "capset",
+    "unshare",
+    "setns",
+    "seccomp",
+    "personality",
+    "modify_ldt",
+    "arch_prctl",
+    "kill",
+    "tkill",
+    "rt_sigqueueinfo",
+    "rt_tgsigqueueinfo",
+    "rt_sigaction",
+    "pkey_mprotect",
+    "remap_file_pages",
+    "shmat",
+    "shmget",
+    "init_module",
+    "finit_module",
+    "kexec_load",
+    "reboot",
+    "unlink",
+    "unlinkat",
+    "rename",
+    "renameat2",
+    "linkat",
+    "symlinkat",
+    "mkdirat",
+    "mknodat",
+    "fchmod",
+    "fchown",
+    "ioperm",
+    "iopl",
+    "prlimit64",
+    "setrlimit",
+];
+
+#[test]
+fn no_sealed_vmm_thread_may_make_a_call_that_leads_out() {
+    for role in Role::VMM {
+        for name in FORBIDDEN {
+            let listed = syscalls(role, Stage::Sealed).contains(name);
+            assert!(!listed, "{role:?} lists {name}");
+            // While it starts a thread, the C library blocks SIGSYS: an error instead of a trap.
+            let expected = match *name {
+                "clone" => SECCOMP_RET_ERRNO | libc::EPERM as u32,
+                "clone3" => SECCOMP_RET_ERRNO | libc::ENOSYS as u32,
+                _ => SECCOMP_RET_TRAP,
+            };
+            for args in [[0; 6], [u64::MAX; 6]] {
+                let verdict = verdict(role, Stage::Sealed, name, &args);
+                assert_eq!(verdict, expected, "{role:?} {name}");
+            }
+        }
+    }
+}
+
+#[test]
+fn no_policy_allows_an_executable_mapping() {
+    let anonymous = (libc::MAP_PRIVATE | libc::MAP_ANONYMOUS) as u64;
+    for (role, stage) in every_policy() {
+        for others in 0..4 {
+            let exec = libc::PROT_EXEC as u64 | others;
+            for flags in [anonymous, libc::MAP_PRIVATE as u64, libc::MAP_SHARED as u64] {
+                let args = [0, 4096, exec, flags, 3, 0];
+                assert!(!allows(role, stage, "mmap", &args), "{role:?} {stage:?}");
+            }
+            let args = [0, 4096, exec];
+            assert!(
+                !allows(role, stage, "mprotect", &args),
+                "{role:?} {stage:?}"
+            );
+        }
+    }
+}
+
+#[test]
+fn sealed_threads_map_private_anonymous_memory_only() {
+    let data = (libc::PROT_READ | libc::PROT_WRITE) as u64;
+    let private = (libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE) as u64;
+    for role in Role::ALL {
+        assert!(allows(
+            role,
+            Stage::Sealed,
+            "mmap",
+            &[0, 4096, data, private, u64::MAX, 0]
+        ));
+        for flags in [
+            libc::MAP_SHARED,
+            libc::MAP_PRIVATE,
+            libc::MAP_SHARED | libc::MAP_ANONYMOUS,
+            libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_HUGETLB,
+            libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_LOCKED,
+        ] {
+            assert!(!allows(
+                role,
+                Stage::Sealed,
+                "mmap",
+                &[0, 4096, data, flags as u64, 3, 0]
+            ));
+        }
+    }
+}
+
+/// All that the violation report itself calls; a refusal in the handler would be a silent death.
+#[test]
+fn every_policy_allows_the_violation_report() {
+    for (role, stage) in every_policy() {
+        assert!(allows(role, stage, "prctl", &[libc::PR_GET_NAME as u64]));
+        assert!(allows(role, stage, "poll", &[0, 1, 100]));
+        assert!(allows(role, stage, "write", &[2]));
+        assert!(allows(role, stage, "exit_group", &[159]));
+    }
+}
+
+#[test]
+fn signals_go_to_the_own_process_only() {
+    for (role, stage) in every_policy() {
+        assert!(allows(role, stage, "tgkill", &[4321, 4322, 34]));
+        assert!(!allows(role, stage, "tgkill", &[4320, 4322, 34]));
+        assert!(!allows(role, stage, "tgkill", &[0, 4322, 34]));
+        // A pid is an int: the kernel ignores the high half, and so must the filter.
+        assert!(allows(
+            role,
+            stage,
+            "tgkill",
+            &[0xffff_ffff_0000_0000 | 4321, 1, 34]
+        ));
+    }
+}
+
+#[test]
+fn a_patch_changes_the_placeholders_and_nothing_else() {
+    for (role, stage) in every_policy() {
+        let one = program(role, stage, &Patch { tgid: 1 });
+        let two = program(role, stage, &Patch { tgid: 2 });
+        let differing = one
+            .iter()
+            .zip(&two)
+            .filter(|(one, two)| one.k != two.k)
+            .count();
+        let rules = template(role, stage).rules.iter();
+        let expected = rules
+            .flat_map(|rule| rule.conditions)
+            .filter(|condition| condition.contains("$TGID"))
+            .count();
+        assert_eq!(differing, expected);
+        assert!(expected > 0);
+    }
+}
+
+#[test]
+fn vcpus_run_the_guest_and_make_no_other_ioctl() {
+    const KVM_RUN: u64 = 0xae80;
+    const KVM_SET_USER_MEMORY_REGION: u64 = 0x4020_ae46;
+    assert!(allows(Role::Vcpu, Stage::Sealed, "ioctl", &[9, KVM_RUN]));
+    for request in (0..0x1_0000).chain([KVM_SET_USER_MEMORY_REGION, libc::TIOCSTI]) {
+        let allowed = allows(Role::Vcpu, Stage::Sealed, "ioctl", &[9, request]);
+        assert_eq!(allowed, request == KVM_RUN, "{request:#x}");
+    }
+    // Setup creates the machine, sealing takes that away.
+    for role in Role::VMM {
+        let memory = [9, KVM_SET_USER_MEMORY_REGION];
+        assert!(!allows(role, Stage::Sealed, "ioctl", &memory));
+    }
+    assert!(allows(
+        Role::Control,
+        Stage::Setup,
+        "ioctl",
+        &[9, KVM_SET_USER_MEMORY_REGION]
+    ));
+}
+
+#[test]
+fn no_policy_types_into_a_terminal() {
+    for (role, stage) in every_policy() {
+        assert!(!allows(role, stage, "ioctl", &[0, libc::TIOCSTI]));
+        assert!(!allows(role, stage, "ioctl", &[0, libc::TIOCLINUX]));
+    }
+}
+
+#[test]
+fn setup_starts_threads_but_no_processes() {
+    // What the C library passes for a thread.
+    let thread = 0x3d_0f00;
+    assert!(allows(Role::Control, Stage::Setup, "clone", &[thread]));
+    for flags in [
+        libc::SIGCHLD as u64,
+        thread | libc::CLONE_NEWUSER as u64,
+        thread & !(libc::CLONE_THREAD as u64),
+        0,
+    ] {
+        let refused = SECCOMP_RET_ERRNO | libc::EPERM as u32;
+        let verdict = verdict(Role::Control, Stage::Setup, "clone", &[flags]);
+        assert_eq!(verdict, refused, "{flags:#x}");
+    }
+    let answer = SECCOMP_RET_ERRNO | libc::ENOSYS as u32;
+    assert_eq!(verdict(Role::Control, Stage::Setup, "clone3", &[]), answer);
+}
+
+#[test]
+fn the_vmm_opens_nothing_even_in_setup() {
+    for role in Role::VMM {
+        for name in [
+            "open", "openat", "openat2", "socket", "connect", "execve", "ptrace",
+        ] {
+            assert!(!allows(role, Stage::Setup, name, &[]), "{role:?} {name}");
+        }
+    }
+}
+
+#[test]
+fn messages_never_wait_and_never_raise_sigpipe() {
+    let receive = libc::MSG_DONTWAIT as u64;
+    let send = (libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL) as u64;
+    let receive_descriptors = receive | libc::MSG_CMSG_CLOEXEC as u64;
+    for role in [Role::Device, Role::Broker] {
+        let recvmsg = |flags| allows(role, Stage::Sealed, "recvmsg", &[5, 0, flags]);
+        let sendmsg = |flags| allows(role, Stage::Sealed, "sendmsg", &[5, 0, flags]);
+        assert!(recvmsg(receive_descriptors) && !recvmsg(0));
+        assert!(sendmsg(send) && !sendmsg(0) && !sendmsg(receive));
+        // Fast open is a connect, a zero-copy send keeps the sender's pages, an error queue is no stream.
+        for more in [libc::MSG_FASTOPEN, libc::MSG_ZEROCOPY, libc::MSG_OOB] {
+            assert!(!sendmsg(send | more as u64), "{role:?} {more:#x}");
+        }
+        assert!(!recvmsg(receive | libc::MSG_ERRQUEUE as u64));
+    }
+    // With an address, sendto would be a way around connect.
+    let sendto = |address| {
+        let args = [5, 0, 9, send, address];
+        allows(Role::Monitor, Stage::Sealed, "sendto", &args)
+    };
+    assert!(sendto(0) && !sendto(0x1000) && !sendto(1 << 32));
+}
+
+#[test]
+fn the_broker_makes_unix_sockets_only() {
+    let kind = (libc::SOCK_STREAM | libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK) as u64;
+    let socket = |family: i32, kind| {
+        allows(
+            Role::Broker,
+            Stage::Sealed,
+            "socket",
+            &[family as u64, kind],
+        )
+    };
+    assert!(socket(libc::AF_UNIX, kind));
+    // A connect that waits for a host program would hold up every other request.
+    assert!(!socket(libc::AF_UNIX, libc::SOCK_STREAM as u64));
+    for family in [
+        libc::AF_INET,
+        libc::AF_INET6,
+        libc::AF_NETLINK,
+        libc::AF_PACKET,
+        libc::AF_VSOCK,
+    ] {
+        assert!(!socket(family, kind));
+    }
+}
+
+#[test]
+fn another_abi_is_killed() {
+    for (role, stage) in every_policy() {
+        let program = program(role, stage, &PATCH);
+        let read = Call {
+            arch: X86_64,
+            number: number("read"),
+            args: [0; 6],
+        };
+        assert_eq!(run(&program, &read), SECCOMP_RET_ALLOW);
+        let x32 = Call {
+            number: read.number | 0x4000_0000,
+            ..read
+        };
+        assert_eq!(run(&program, &x32), SECCOMP_RET_KILL_PROCESS);
+        let i386 = Call {
+            arch: 0x4000_0003,
+            ..read
+        };
+        assert_eq!(run(&program, &i386), SECCOMP_RET_KILL_PROCESS);
+        let aarch64 = Call {
+            arch: 0xc000_00b7,
+            ..read
+        };
+        assert_eq!(run(&program, &aarch64), SECCOMP_RET_KILL_PROCESS);
+    }
+}
+
+/// Whatever the number, and with the arguments all zero or all one: a filter ends with one of the
+/// four verdicts, and what the policy does not list traps.
+#[test]
+fn what_no_rule_lists_traps() {
+    for (role, stage) in every_policy() {
+        let program = program(role, stage, &PATCH);
+        let rules = template(role, stage).rules;
+        for number in 0..1024 {
+            if rules.iter().any(|rule| rule.number == number) {
+                continue;
+            }
+            for args in [[0; 6], [u64::MAX; 6]] {
+                let call = Call {
+                    arch: X86_64,
+                    number,
+                    args,
+                };
+                assert_eq!(run(&program, &call), SECCOMP_RET_TRAP, "{role:?} {number}");
+            }
+        }
+    }
+}
+
+#[test]
+fn rules_without_conditions_allow_whatever_the_arguments() {
+    for (role, stage) in every_policy() {
+        let rules = template(role, stage).rules.iter();
+        for rule in rules.filter(|rule| rule.conditions.is_empty() && rule.errno.is_none()) {
+            for args in [[0; 6], [u64::MAX; 6]] {
+                assert!(
+                    allows(role, stage, rule.syscall, &args),
+                    "{role:?} {}",
+                    rule.syscall
+                );
+            }
+        }
+    }
+}
+
+/// Threads inherit the setup filter of the thread that starts them, and filters stack.
+#[test]
+fn setup_allows_what_the_threads_it_starts_may_call() {
+    let control: Vec<_> = syscalls(Role::Control, Stage::Setup);
+    for role in Role::VMM {
+        for name in syscalls(role, Stage::Sealed) {
+            assert!(control.contains(&name), "{role:?} {name}");
+        }
+    }
+    assert!(allows(Role::Control, Stage::Setup, "ioctl", &[9, 0xae80]));
+}
+
+#[test]
+fn policies_explain_themselves() {
+    for (role, stage) in every_policy() {
+        let text = explain(role, stage).to_string();
+        for rule in template(role, stage).rules {
+            assert!(text.contains(rule.syscall) && text.contains(rule.reason));
+            assert!(!rule.reason.is_empty());
+        }
+    }
+    let vcpu = explain(Role::Vcpu, Stage::Sealed).to_string();
+    assert!(
+        vcpu.contains("[request == KVM_RUN] The guest runs."),
+        "{vcpu}"
+    );
+}
+
+#[test]
+fn calls_have_names() {
+    assert_eq!(syscall_name(0), Some("read"));
+    assert_eq!(syscall_name(libc::SYS_openat2), Some("openat2"));
+    assert_eq!(syscall_name(-1), None);
+    assert_eq!(syscall_name(100_000), None);
+    assert!(SYSCALL_NAMES.is_sorted());
+}
+
+/// The kernel walks a filter on every call whose verdict it could not cache.
+#[test]
+fn filters_fit_the_kernel() {
+    for (role, stage) in every_policy() {
+        assert!(template(role, stage).instructions.len() <= 4096);
+    }
+}
