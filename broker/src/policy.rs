@@ -1,0 +1,242 @@
+//! What a broker may do for its VMM: fixed at start, checked before anything is opened.
+
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::{Component, Path, PathBuf};
+use std::sync::Arc;
+
+use nix::errno::Errno;
+use nix::fcntl::{FcntlArg, OFlag, OpenHow, ResolveFlag, fcntl, openat2};
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, socket};
+use nix::sys::stat::{SFlag, fstat};
+
+use crate::protocol::{NameError, Operation, check_name};
+
+/// The port that stands for "any" in `AF_VSOCK` (`VMADDR_PORT_ANY`): nobody can listen on it.
+const ANY_PORT: u32 = u32::MAX;
+
+/// Everything a broker may open or connect to. An empty policy allows nothing.
+#[derive(Debug, Default)]
+pub struct BrokerPolicy {
+    /// Files that were handed to the VMM at start.
+    pub passed: Vec<PassedFile>,
+    /// Names given with `--allow-open`.
+    pub allowed: Vec<AllowedName>,
+    /// The operator's chroot: names are looked up beneath it.
+    pub chroot: Option<OwnedFd>,
+    /// Where vsock devices may connect to.
+    pub connections: Vec<ConnectTarget>,
+}
+
+/// A file that was handed over at start, and can be had again.
+#[derive(Debug)]
+pub struct PassedFile {
+    /// Its name in the machine config.
+    pub name: String,
+    /// The same open file: sent as it is, so that the broker needs no `dup`.
+    pub file: Arc<OwnedFd>,
+    /// Whether it is open for writing.
+    pub writable: bool,
+}
+
+/// A name that may be opened later: one file, or everything beneath a directory.
+#[derive(Debug)]
+pub struct AllowedName {
+    /// The name as the operator wrote it.
+    pub name: PathBuf,
+    /// The directory itself, or the one that holds the file (`O_PATH`).
+    pub directory: OwnedFd,
+    /// The file in it; none if the whole directory is allowed.
+    pub file: Option<PathBuf>,
+}
+
+/// A vsock device's `uds_path`: connections go to `<uds_path>_<port>`.
+#[derive(Debug)]
+pub struct ConnectTarget {
+    /// The device's `uds_path` as the machine config spells it.
+    pub device: String,
+    /// The directory that holds it (`O_PATH`).
+    pub directory: OwnedFd,
+    /// Its last component.
+    pub base_name: String,
+}
+
+/// Why a request is refused. The text goes back to the VMM.
+#[derive(Debug, thiserror::Error)]
+pub enum PolicyError {
+    /// The name cannot be one.
+    #[error("{0}")]
+    Name(#[from] NameError),
+    /// Nothing allows the name.
+    #[error(
+        "{0:?} is not granted: start the jailer with `--grant-ro`, `--grant-rw` or `--allow-open {0}`"
+    )]
+    NotGranted(String),
+    /// Passed at start, but only for reading.
+    #[error("{0:?} is granted for reading only: start the jailer with `--grant-rw {0}`")]
+    ReadOnly(String),
+    /// It is allowed, and opening it failed.
+    #[error("cannot open {name:?}: {source}")]
+    Open {
+        /// The name asked for.
+        name: String,
+        /// Why.
+        source: Errno,
+    },
+    /// Not a regular file or a block device.
+    #[error("{0:?} is neither a regular file nor a block device")]
+    NotAFile(String),
+    /// No such vsock device.
+    #[error("no vsock device {0:?}: start the jailer with `--grant-listen {0}`")]
+    NoDevice(String),
+    /// A port that nobody can listen on.
+    #[error("port {0} cannot be connected to")]
+    Port(u32),
+    /// Nobody listens, or too many wait already.
+    #[error("cannot connect to port {port}: {source}")]
+    Connect {
+        /// The port asked for.
+        port: u32,
+        /// Why.
+        source: Errno,
+    },
+}
+
+impl BrokerPolicy {
+    /// Whether anything is allowed at all; if not, no broker is needed.
+    pub fn is_empty(&self) -> bool {
+        self.passed.is_empty()
+            && self.allowed.is_empty()
+            && self.chroot.is_none()
+            && self.connections.is_empty()
+    }
+
+    /// Does one thing, never waiting.
+    ///
+    /// # Errors
+    /// If nothing allows it, or the kernel refuses it.
+    pub fn perform(&self, operation: &Operation) -> Result<Arc<OwnedFd>, PolicyError> {
+        match operation {
+            Operation::Open { name, write } => self.open(name, *write),
+            Operation::Connect { device, port } => self.connect(device, *port).map(Arc::new),
+        }
+    }
+
+    /// Passed at start, then the allow-list, then the operator's chroot.
+    fn open(&self, name: &str, write: bool) -> Result<Arc<OwnedFd>, PolicyError> {
+        check_name(name)?;
+        if let Some(passed) = self.passed.iter().find(|passed| passed.name == name) {
+            if write && !passed.writable {
+                return Err(PolicyError::ReadOnly(name.to_owned()));
+            }
+            return Ok(Arc::clone(&passed.file));
+        }
+        let path = Path::new(name);
+        for allowed in &self.allowed {
+            let beneath = match &allowed.file {
+                Some(file) if allowed.name == path => Some(file.as_path()),
+                Some(_) => None,
+                None => path
+                    .strip_prefix(&allowed.name)
+                    .ok()
+                    .filter(|rest| !rest.as_os_str().is_empty()),
+            };
+            if let Some(beneath) = beneath {
+                return open_beneath(allowed.directory.as_fd(), beneath, name, write);
+            }
+        }
+        match &self.chroot {
+            Some(chroot) => {
+                // Inside the chroot its root is `/`.
+                let beneath = path.strip_prefix(Component::RootDir).unwrap_or(path);
+                match open_beneath(chroot.as_fd(), beneath, name, write) {
+                    Err(PolicyError::Open {
+                        source: Errno::ENOENT,
+                        ..
+                    }) => Err(PolicyError::NotGranted(name.to_owned())),
+                    other => other,
+                }
+            }
+            None => Err(PolicyError::NotGranted(name.to_owned())),
+        }
+    }
+
+    /// Connects to `<uds_path>_<port>`, which either works at once or is refused.
+    fn connect(&self, device: &str, port: u32) -> Result<OwnedFd, PolicyError> {
+        check_name(device)?;
+        let target = self
+            .connections
+            .iter()
+            .find(|target| target.device == device)
+            .ok_or_else(|| PolicyError::NoDevice(device.to_owned()))?;
+        if port == ANY_PORT {
+            return Err(PolicyError::Port(port));
+        }
+        let failed = |source| PolicyError::Connect { port, source };
+        // Relative to the directory: its path does not exist in the broker's empty root, and could
+        // be longer than the 107 bytes that an address holds.
+        nix::unistd::fchdir(&target.directory).map_err(failed)?;
+        let name = format!("{}_{port}", target.base_name);
+        refuse_if_no_socket(target.directory.as_fd(), &name).map_err(failed)?;
+        let address = UnixAddr::new(name.as_str()).map_err(failed)?;
+        let stream = socket(
+            AddressFamily::Unix,
+            SockType::Stream,
+            SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK,
+            None,
+        )
+        .map_err(failed)?;
+        // A full backlog is EAGAIN on a non-blocking Unix socket: nothing is ever pending.
+        connect(std::os::fd::AsRawFd::as_raw_fd(&stream), &address).map_err(failed)?;
+        Ok(stream)
+    }
+}
+
+/// `connect` follows symbolic links, out of the directory too, and a socket elsewhere was not granted.
+///
+/// A link that is laid between this look and the connect is still followed; it takes somebody who may
+/// write to the operator's directory, and leads to what the machine's user may connect to alone.
+fn refuse_if_no_socket(directory: BorrowedFd<'_>, name: &str) -> Result<(), Errno> {
+    let found = openat2(directory, name, beneath(OFlag::O_PATH))?;
+    match SFlag::from_bits_retain(fstat(&found)?.st_mode & SFlag::S_IFMT.bits()) {
+        SFlag::S_IFSOCK => Ok(()),
+        _ => Err(Errno::ENOTSOCK),
+    }
+}
+
+/// Opens beneath a directory, and through nothing that leads elsewhere.
+fn beneath(flags: OFlag) -> OpenHow {
+    OpenHow::new().flags(flags | OFlag::O_CLOEXEC).resolve(
+        ResolveFlag::RESOLVE_BENEATH
+            | ResolveFlag::RESOLVE_NO_SYMLINKS
+            | ResolveFlag::RESOLVE_NO_MAGICLINKS,
+    )
+}
+
+fn open_beneath(
+    directory: BorrowedFd<'_>,
+    path: &Path,
+    name: &str,
+    write: bool,
+) -> Result<Arc<OwnedFd>, PolicyError> {
+    let failed = |source| PolicyError::Open {
+        name: name.to_owned(),
+        source,
+    };
+    let access = if write {
+        OFlag::O_RDWR
+    } else {
+        OFlag::O_RDONLY
+    };
+    // O_NONBLOCK: opening a FIFO or a device that someone put there must not wait.
+    let how = beneath(access | OFlag::O_NOCTTY | OFlag::O_NONBLOCK);
+    let file = openat2(directory, path, how).map_err(failed)?;
+    let stat = fstat(&file).map_err(failed)?;
+    match SFlag::from_bits_retain(stat.st_mode & SFlag::S_IFMT.bits()) {
+        SFlag::S_IFREG | SFlag::S_IFBLK => {}
+        // A directory above all must never reach the VMM: `openat` walks out of it.
+        _ => return Err(PolicyError::NotAFile(name.to_owned())),
+    }
+    // io_uring treats a non-blocking file as one that must never wait for the disk.
+    fcntl(&file, FcntlArg::F_SETFL(access)).map_err(failed)?;
+    Ok(Arc::new(file))
+}

@@ -1,0 +1,161 @@
+//! The broker's loop: one request, one answer, never waiting for anything but the next request.
+
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
+
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+
+use crate::fdpass;
+use crate::policy::BrokerPolicy;
+use crate::protocol::{MAX_MESSAGE, ProtocolError, Reply, Request, decode, encode};
+
+/// A broker's end of the socket pair, and what it may do.
+#[derive(Debug)]
+pub struct Server {
+    socket: OwnedFd,
+    policy: BrokerPolicy,
+    /// The answer that found the socket full. While there is one, no request is read, so a VMM
+    /// that does not read its answers stops itself, and costs one answer's memory here.
+    waiting: Option<Outgoing>,
+}
+
+#[derive(Debug)]
+struct Outgoing {
+    id: u64,
+    bytes: Vec<u8>,
+    descriptor: Option<Arc<OwnedFd>>,
+}
+
+/// Why [`Server::serve`] came back.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ServerEvent {
+    /// The watched descriptor is readable.
+    Watched,
+    /// The VMM has closed its end.
+    Closed,
+}
+
+/// Why a broker stopped serving.
+#[derive(Debug, thiserror::Error)]
+pub enum ServerError {
+    /// The VMM sent what its client never sends: it is not to be answered any more.
+    #[error("the VMM broke the broker's protocol: {0}")]
+    Protocol(#[from] ProtocolError),
+    /// A call failed that cannot fail.
+    #[error("the broker's socket: cannot {action}: {source}")]
+    Socket {
+        /// What was being done.
+        action: &'static str,
+        /// Why it failed.
+        source: Errno,
+    },
+}
+
+impl Server {
+    /// A server on one end of a `SOCK_SEQPACKET` pair.
+    pub fn new(socket: OwnedFd, policy: BrokerPolicy) -> Self {
+        Self {
+            socket,
+            policy,
+            waiting: None,
+        }
+    }
+
+    /// Serves until the VMM closes its end, or `watched` is readable (which is not read here).
+    ///
+    /// # Errors
+    /// If the VMM breaks the protocol. Drop the server then: it closes the socket.
+    pub fn serve(&mut self, watched: Option<BorrowedFd<'_>>) -> Result<ServerEvent, ServerError> {
+        loop {
+            let interest = match self.waiting {
+                Some(_) => PollFlags::POLLOUT,
+                None => PollFlags::POLLIN,
+            };
+            let own = PollFd::new(self.socket.as_fd(), interest);
+            // Without one, our own socket stands in for it, and its answer is not looked at.
+            let other = watched.unwrap_or(self.socket.as_fd());
+            let mut both = [own, PollFd::new(other, PollFlags::POLLIN)];
+            let count = if watched.is_some() { 2 } else { 1 };
+            let polled = both.get_mut(..count).unwrap_or_default();
+            match poll(polled, PollTimeout::NONE) {
+                Ok(_) | Err(Errno::EINTR) => {}
+                Err(source) => {
+                    return Err(ServerError::Socket {
+                        action: "poll",
+                        source,
+                    });
+                }
+            }
+            let ready = |slot: Option<&PollFd<'_>>| slot.and_then(PollFd::any).unwrap_or(false);
+            let (socket_ready, watched_ready) = (ready(both.first()), ready(both.get(1)));
+            if count == 2 && watched_ready {
+                return Ok(ServerEvent::Watched);
+            }
+            if socket_ready && !self.step()? {
+                return Ok(ServerEvent::Closed);
+            }
+        }
+    }
+
+    /// Sends the waiting answer, or reads and answers one request. False when the VMM is gone.
+    fn step(&mut self) -> Result<bool, ServerError> {
+        if let Some(outgoing) = self.waiting.take() {
+            return self.send(outgoing);
+        }
+        let mut buffer = [0; MAX_MESSAGE];
+        let received = match fdpass::receive(self.socket.as_fd(), &mut buffer) {
+            Ok(received) => received,
+            Err(Errno::EAGAIN) => return Ok(true),
+            Err(Errno::ECONNRESET) => return Ok(false),
+            Err(source) => {
+                return Err(ServerError::Socket {
+                    action: "receive",
+                    source,
+                });
+            }
+        };
+        // No request brings a descriptor; one that does is closed here with `received`.
+        if received.truncated || received.descriptor_lost || received.descriptor.is_some() {
+            return Err(ProtocolError::TooLong(received.length).into());
+        }
+        if received.length == 0 {
+            return Ok(false);
+        }
+        let request: Request = decode(buffer.get(..received.length).unwrap_or_default())?;
+        let (reply, descriptor) = match self.policy.perform(&request.op) {
+            Ok(descriptor) => (Reply::ok(request.id), Some(descriptor)),
+            Err(error) => (Reply::error(request.id, error.to_string()), None),
+        };
+        self.send(Outgoing {
+            id: request.id,
+            bytes: encode(&reply)?,
+            descriptor,
+        })
+    }
+
+    fn send(&mut self, outgoing: Outgoing) -> Result<bool, ServerError> {
+        let descriptor = outgoing.descriptor.as_deref().map(AsFd::as_fd);
+        match fdpass::send(self.socket.as_fd(), &outgoing.bytes, descriptor) {
+            Ok(()) => Ok(true),
+            Err(Errno::EAGAIN) => {
+                self.waiting = Some(outgoing);
+                Ok(true)
+            }
+            // Too many descriptors of this user are under way: say so instead.
+            Err(Errno::ETOOMANYREFS) if outgoing.descriptor.is_some() => {
+                let reply = Reply::error(outgoing.id, "too many descriptors are under way");
+                self.send(Outgoing {
+                    id: outgoing.id,
+                    bytes: encode(&reply)?,
+                    descriptor: None,
+                })
+            }
+            Err(Errno::EPIPE | Errno::ECONNRESET) => Ok(false),
+            Err(source) => Err(ServerError::Socket {
+                action: "send",
+                source,
+            }),
+        }
+    }
+}

@@ -1,0 +1,77 @@
+//! A broker for a VMM that runs without a jailer: the same loop in a forked process.
+
+use nix::errno::Errno;
+use nix::sys::prctl;
+use nix::sys::signal::Signal;
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
+use nix::unistd::getppid;
+
+use crate::client::Client;
+use crate::fdpass::{Fork, fork_single_threaded};
+use crate::policy::BrokerPolicy;
+use crate::server::Server;
+
+/// Why no broker was started.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot start a broker: {action}: {source}")]
+pub struct UnjailedError {
+    /// What was being done.
+    pub action: &'static str,
+    /// Why it failed (`EBUSY`: the process has several threads already).
+    pub source: Errno,
+}
+
+/// Forks a broker with this policy and returns the client for it. It ends with this process.
+///
+/// `seal` runs in the new process before it reads its first request: install the broker's seccomp
+/// filter there. Call it before any thread is created and before descriptors are opened that the
+/// broker should not have.
+///
+/// # Errors
+/// If this process has several threads, or the kernel refuses the socket pair or the fork.
+pub fn spawn_unjailed<E: std::fmt::Display>(
+    policy: BrokerPolicy,
+    seal: impl FnOnce() -> Result<(), E>,
+) -> Result<Client, UnjailedError> {
+    let failed = |action| move |source| UnjailedError { action, source };
+    let (ours, theirs) = socketpair(
+        AddressFamily::Unix,
+        SockType::SeqPacket,
+        None,
+        SockFlag::SOCK_CLOEXEC,
+    )
+    .map_err(failed("socketpair"))?;
+    let parent = nix::unistd::getpid();
+    match fork_single_threaded().map_err(failed("fork"))? {
+        Fork::Parent(_) => Ok(Client::new(ours)),
+        Fork::Child => {
+            drop(ours);
+            let code = run(Server::new(theirs, policy), parent, seal);
+            std::process::exit(code);
+        }
+    }
+}
+
+fn run<E: std::fmt::Display>(
+    mut server: Server,
+    parent: nix::unistd::Pid,
+    seal: impl FnOnce() -> Result<(), E>,
+) -> i32 {
+    // A broker without its VMM is of no use. The second check is for a parent that died before the first.
+    if prctl::set_pdeathsig(Signal::SIGKILL).is_err() || getppid() != parent {
+        return 1;
+    }
+    // Only for `ps`.
+    let _ = prctl::set_name(c"broker");
+    if let Err(error) = seal() {
+        log::error!("the broker cannot seal itself: {error}");
+        return 1;
+    }
+    match server.serve(None) {
+        Ok(_) => 0,
+        Err(error) => {
+            log::error!("{error}");
+            1
+        }
+    }
+}
