@@ -1,0 +1,368 @@
+//! What the operator grants, opened while the host's paths still exist.
+//!
+//! Symbolic links are refused in every component: whoever may write to a directory on the way
+//! could otherwise choose which of root's files the machine gets. That also refuses harmless links
+//! (`/var/run`, `/dev/disk/by-id`); the error then names the path without links.
+
+use std::fs::File;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+
+use nix::errno::Errno;
+use nix::fcntl::{AT_FDCWD, AtFlags, FcntlArg, OFlag, OpenHow, ResolveFlag, fcntl, openat2};
+use nix::sys::socket::{
+    AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, listen, socket,
+};
+use nix::sys::stat::{FileStat, Mode, SFlag, fstat, umask};
+use nix::unistd::{Gid, Uid, UnlinkatFlags, fchdir, fchownat, unlinkat};
+
+use crate::arguments::Arguments;
+use crate::error::{Context, Result, refused};
+
+/// Connections that may wait for the VMM to accept them.
+const BACKLOG: i32 = 64;
+
+/// A granted listener, and what is left of it on the host.
+#[derive(Debug)]
+pub struct Listener {
+    /// The listening socket, non-blocking.
+    pub socket: OwnedFd,
+    /// The directory that holds it (`O_PATH`).
+    pub directory: OwnedFd,
+    /// Its name there.
+    pub base_name: String,
+}
+
+impl Listener {
+    /// Takes the socket's name away.
+    pub fn remove(&self) {
+        // The jail has failed already: that is the error to report.
+        let _ = unlinkat(
+            &self.directory,
+            self.base_name.as_str(),
+            UnlinkatFlags::NoRemoveDir,
+        );
+    }
+}
+
+/// Opens a path without following any symbolic link.
+fn open_strictly(path: &Path, flags: OFlag) -> Result<OwnedFd> {
+    open_strictly_at(AT_FDCWD, path, flags)
+}
+
+fn open_strictly_at(directory: BorrowedFd<'_>, path: &Path, flags: OFlag) -> Result<OwnedFd> {
+    let how = OpenHow::new()
+        .flags(flags | OFlag::O_CLOEXEC)
+        .resolve(ResolveFlag::RESOLVE_NO_SYMLINKS | ResolveFlag::RESOLVE_NO_MAGICLINKS);
+    let object = path.display().to_string();
+    match openat2(directory, path, how) {
+        Err(Errno::ELOOP) => {
+            let instead = match std::fs::canonicalize(path) {
+                Ok(real) => format!(": if it is the right one, give {}", real.display()),
+                Err(_) => String::new(),
+            };
+            refused(
+                object,
+                format!("a symbolic link leads there, and a jail takes none{instead}"),
+            )
+        }
+        other => other.doing("open", object),
+    }
+}
+
+fn file_type(stat: &FileStat) -> SFlag {
+    SFlag::from_bits_retain(stat.st_mode & SFlag::S_IFMT.bits())
+}
+
+/// Opens the VMM's program, and looks whether it can run in an empty root.
+///
+/// # Errors
+/// If it is no regular file, or needs a dynamic loader.
+pub fn open_exec_file(path: &Path) -> Result<OwnedFd> {
+    let file = File::from(open_strictly(path, OFlag::O_RDONLY | OFlag::O_NONBLOCK)?);
+    let object = path.display().to_string();
+    let stat = fstat(&file).doing("look at", &object)?;
+    if file_type(&stat) != SFlag::S_IFREG {
+        return refused(object, "not a regular file");
+    }
+    let mut head = vec![0; 4096];
+    let length = file.read_at(&mut head, 0).doing("read", &object)?;
+    head.truncate(length);
+    if needs_loader(&head) {
+        return refused(
+            object,
+            "a script or dynamically linked, and the jail has no loader: link it statically",
+        );
+    }
+    Ok(file.into())
+}
+
+/// Whether the kernel would look for an interpreter. Says no when in doubt: the kernel decides.
+fn needs_loader(head: &[u8]) -> bool {
+    const PT_INTERP: u32 = 3;
+    let bytes = |at: usize, length: usize| head.get(at..at.checked_add(length)?);
+    let u16_at = |at| Some(u16::from_le_bytes(bytes(at, 2)?.try_into().ok()?));
+    let u32_at = |at| Some(u32::from_le_bytes(bytes(at, 4)?.try_into().ok()?));
+    let u64_at = |at| Some(u64::from_le_bytes(bytes(at, 8)?.try_into().ok()?));
+    if head.starts_with(b"#!") {
+        return true;
+    }
+    // ELF64 header: e_phoff, e_phentsize and e_phnum (elf(5)).
+    let headers = || {
+        let start = usize::try_from(u64_at(32)?).ok()?;
+        let (size, count) = (usize::from(u16_at(54)?), usize::from(u16_at(56)?));
+        (0..count).find(|index| {
+            let at = size
+                .checked_mul(*index)
+                .and_then(|offset| start.checked_add(offset));
+            at.and_then(u32_at) == Some(PT_INTERP)
+        })
+    };
+    head.starts_with(b"\x7fELF") && headers().is_some()
+}
+
+/// Opens a regular file or block device.
+///
+/// # Errors
+/// If it is anything else, or cannot be opened.
+pub fn open_file(path: &Path, write: bool) -> Result<OwnedFd> {
+    let access = if write {
+        OFlag::O_RDWR
+    } else {
+        OFlag::O_RDONLY
+    };
+    // O_NONBLOCK: a FIFO must be refused, not waited for.
+    let opened = open_strictly(path, access | OFlag::O_NONBLOCK | OFlag::O_NOCTTY);
+    let object = path.display().to_string();
+    let file = match opened {
+        // Opening a directory for writing fails before its kind can be looked at.
+        Err(crate::error::Error::Call {
+            source: Errno::EISDIR,
+            ..
+        }) => {
+            return refused(
+                object,
+                "a directory: only a file or a block device can be granted",
+            );
+        }
+        other => other?,
+    };
+    let stat = fstat(&file).doing("look at", &object)?;
+    match file_type(&stat) {
+        SFlag::S_IFREG | SFlag::S_IFBLK => {}
+        SFlag::S_IFDIR => {
+            return refused(
+                object,
+                "a directory: only a file or a block device can be granted",
+            );
+        }
+        _ => return refused(object, "neither a regular file nor a block device"),
+    }
+    // io_uring treats a non-blocking file as one that must never wait for the disk.
+    fcntl(&file, FcntlArg::F_SETFL(access)).doing("set flags of", &object)?;
+    Ok(file)
+}
+
+/// Opens a device node.
+///
+/// # Errors
+/// If that is not possible; `/dev/kvm` with what to do.
+pub fn open_device(path: &str) -> Result<OwnedFd> {
+    match open_strictly(Path::new(path), OFlag::O_RDWR) {
+        Err(crate::error::Error::Call {
+            source: Errno::ENOENT,
+            ..
+        }) if path == "/dev/kvm" => refused(
+            path,
+            "this host has no KVM: load kvm_intel or kvm_amd, or see `casemate doctor`",
+        ),
+        Err(crate::error::Error::Call {
+            source: Errno::EACCES | Errno::EPERM,
+            ..
+        }) => refused(
+            path,
+            "no permission to open it: run as root, or have the owner allow it",
+        ),
+        other => other,
+    }
+}
+
+/// Opens the operator's chroot, if there is one.
+///
+/// # Errors
+/// If something is there, but is no directory or behind a symbolic link.
+pub fn open_chroot(arguments: &Arguments) -> Result<Option<OwnedFd>> {
+    let path: PathBuf = [
+        arguments.chroot_base_dir.as_path(),
+        Path::new(&arguments.exec_name),
+        Path::new(arguments.id.as_str()),
+        Path::new("root"),
+    ]
+    .iter()
+    .collect();
+    match open_strictly(&path, OFlag::O_PATH | OFlag::O_DIRECTORY) {
+        Err(crate::error::Error::Call {
+            source: Errno::ENOENT,
+            ..
+        }) => Ok(None),
+        other => other.map(Some),
+    }
+}
+
+/// Opens an `--allow-open` path: a directory itself, or the one that holds the file, which may not
+/// be there yet.
+///
+/// # Errors
+/// If the directory cannot be opened.
+pub fn open_allowed(path: &Path) -> Result<(OwnedFd, Option<PathBuf>)> {
+    let directory = OFlag::O_PATH | OFlag::O_DIRECTORY;
+    match open_strictly(path, directory) {
+        Err(crate::error::Error::Call {
+            source: Errno::ENOTDIR | Errno::ENOENT,
+            ..
+        }) => {
+            let (parent, name) = split(path)?;
+            Ok((open_strictly(parent, directory)?, Some(name.into())))
+        }
+        other => other.map(|opened| (opened, None)),
+    }
+}
+
+/// The directory and the name in it.
+fn split(path: &Path) -> Result<(&Path, &str)> {
+    let Some(name) = path.file_name().and_then(|name| name.to_str()) else {
+        return refused(
+            path.display().to_string(),
+            "a path that ends in a name is needed",
+        );
+    };
+    match path.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => Ok((parent, name)),
+        _ => Ok((Path::new("."), name)),
+    }
+}
+
+/// Makes a Unix stream listener that only that user (and root) may connect to.
+///
+/// # Errors
+/// If something of that name is there already, whatever it is.
+pub fn make_listener(path: &Path, uid: u32, gid: u32) -> Result<Listener> {
+    let object = path.display().to_string();
+    let (parent, base_name) = split(path)?;
+    let directory = open_strictly(parent, OFlag::O_PATH | OFlag::O_DIRECTORY)?;
+    let socket = socket(
+        AddressFamily::Unix,
+        SockType::Stream,
+        SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK,
+        None,
+    )
+    .doing("make a socket for", &object)?;
+    let address = UnixAddr::new(base_name).doing("listen on", &object)?;
+
+    // Relative to the directory that was opened, which nobody can exchange for another one any
+    // more, and whose path may be longer than an address. The socket is nobody else's from the start.
+    let here = open_strictly(Path::new("."), OFlag::O_PATH | OFlag::O_DIRECTORY)?;
+    fchdir(&directory).doing("enter the directory of", &object)?;
+    let mask = umask(Mode::from_bits_truncate(0o177));
+    let bound = bind(socket.as_raw_fd(), &address);
+    umask(mask);
+    fchdir(&here).doing("return from the directory of", &object)?;
+    match bound {
+        Err(Errno::EADDRINUSE) => {
+            return refused(
+                object,
+                "something of this name is there: remove it, if no machine uses it",
+            );
+        }
+        other => other.doing("listen on", &object)?,
+    }
+    let listener = Listener {
+        socket,
+        directory,
+        base_name: base_name.to_owned(),
+    };
+    let finished = give_to(&listener, uid, gid, &object).and_then(|()| {
+        let backlog = Backlog::new(BACKLOG).doing("listen on", &object)?;
+        listen(&listener.socket, backlog).doing("listen on", &object)
+    });
+    if finished.is_err() {
+        listener.remove();
+    }
+    finished.map(|()| listener)
+}
+
+/// Gives the socket's name to the user: by descriptor, so that what was looked at is what changes
+/// hands, and only if it is a socket without other names: never a file that somebody put there.
+fn give_to(listener: &Listener, uid: u32, gid: u32, object: &str) -> Result<()> {
+    let name = Path::new(&listener.base_name);
+    let flags = OFlag::O_PATH | OFlag::O_NOFOLLOW;
+    let file = open_strictly_at(listener.directory.as_fd(), name, flags)?;
+    let stat = fstat(&file).doing("look at", object)?;
+    if file_type(&stat) != SFlag::S_IFSOCK || stat.st_nlink != 1 {
+        return refused(
+            object,
+            "somebody has replaced the socket that was just made",
+        );
+    }
+    let (uid, gid) = (Some(Uid::from_raw(uid)), Some(Gid::from_raw(gid)));
+    fchownat(&file, "", uid, gid, AtFlags::AT_EMPTY_PATH).doing("give away", object)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn elf(interp: bool) -> Vec<u8> {
+        let mut head = vec![0; 256];
+        head[..4].copy_from_slice(b"\x7fELF");
+        head[32] = 64;
+        head[54] = 56;
+        head[56] = 2;
+        head[64] = 1;
+        head[64 + 56] = if interp { 3 } else { 1 };
+        head
+    }
+
+    #[test]
+    fn knows_programs_that_need_a_loader() {
+        assert!(needs_loader(b"#!/bin/sh\n"));
+        assert!(needs_loader(&elf(true)));
+        assert!(!needs_loader(&elf(false)));
+        let mut hostile = elf(true);
+        hostile[32..40].fill(0xff);
+        assert!(!needs_loader(&hostile));
+        for length in 0..70 {
+            needs_loader(&elf(true)[..length]);
+        }
+    }
+
+    #[test]
+    fn files_are_granted_and_nothing_else() {
+        let directory = tempfile::tempdir().unwrap();
+        let base = directory.path().canonicalize().unwrap();
+        let file = base.join("f");
+        std::fs::write(&file, "x").unwrap();
+        assert!(open_file(&file, true).is_ok());
+        let link = base.join("l");
+        std::os::unix::fs::symlink(&file, &link).unwrap();
+        let through = base.join("d");
+        std::os::unix::fs::symlink(&base, &through).unwrap();
+        for path in [link, through.join("f")] {
+            let error = open_file(&path, false).unwrap_err().to_string();
+            assert!(error.contains("symbolic link"), "{error}");
+            assert!(error.contains(&file.display().to_string()), "{error}");
+        }
+        let fifo = base.join("p");
+        nix::unistd::mkfifo(&fifo, Mode::S_IRWXU).unwrap();
+        for path in [&base, &fifo, Path::new("/dev/null")] {
+            for write in [false, true] {
+                let error = open_file(path, write).unwrap_err().to_string();
+                assert!(
+                    error.contains("director") || error.contains("neither"),
+                    "{error}"
+                );
+            }
+        }
+    }
+}

@@ -1,0 +1,104 @@
+//! Landlock: the wall behind the empty root, for a descriptor that leads somewhere.
+
+use std::os::fd::BorrowedFd;
+
+use landlock::{
+    ABI, Access, AccessFs, AccessNet, BitFlags, LandlockStatus, PathBeneath, Ruleset, RulesetAttr,
+    RulesetCreatedAttr, RulesetStatus, Scope,
+};
+
+use crate::error::{Result, refused};
+
+/// The newest version whose rights were tested here. Older kernels enforce what they know.
+const ABI_WANTED: ABI = ABI::V7;
+const ABI_WANTED_NUMBER: i32 = 7;
+
+/// What came with each version of Landlock, oldest first.
+const RIGHTS: [(i32, &str); 5] = [
+    (2, "moving files between directories"),
+    (3, "truncation"),
+    (4, "TCP"),
+    (5, "device ioctls by path"),
+    (6, "signals and abstract sockets"),
+];
+
+/// One half's domain.
+#[derive(Debug)]
+pub enum Domain<'a> {
+    /// The VMM may read and execute its own program (or `execveat` fails), and nothing else.
+    Vmm(BorrowedFd<'a>),
+    /// The broker may open files beneath these directories.
+    Broker(Vec<BorrowedFd<'a>>),
+}
+
+/// Enters the domain. Returns a note about rights that this kernel does not know.
+///
+/// # Errors
+/// If the kernel has no Landlock and that is not allowed, or refuses the ruleset.
+pub fn enter(domain: &Domain<'_>, allow_missing: bool) -> Result<Option<String>> {
+    let mut ruleset = Ruleset::default()
+        .handle_access(AccessFs::from_all(ABI_WANTED))?
+        .handle_access(AccessNet::from_all(ABI_WANTED))?
+        // The broker signals its VMM, which is outside of its domain. The VMM signals only its own
+        // threads, which will all be in this one.
+        .scope(match domain {
+            Domain::Vmm(_) => Scope::from_all(ABI_WANTED),
+            Domain::Broker(_) => Scope::AbstractUnixSocket.into(),
+        })?
+        .create()?;
+    let program: BitFlags<AccessFs> = AccessFs::Execute | AccessFs::ReadFile;
+    // Truncation is decided at open, so the VMM could not shorten such a file without it.
+    let open: BitFlags<AccessFs> = AccessFs::ReadFile | AccessFs::WriteFile | AccessFs::Truncate;
+    match domain {
+        Domain::Vmm(file) => ruleset = ruleset.add_rule(PathBeneath::new(file, program))?,
+        Domain::Broker(directories) => {
+            for directory in directories {
+                ruleset = ruleset.add_rule(PathBeneath::new(directory, open))?;
+            }
+        }
+    }
+    let status = ruleset.restrict_self()?;
+    if status.ruleset == RulesetStatus::NotEnforced && !allow_missing {
+        return refused(
+            "Landlock",
+            "this kernel does not offer it: boot with `lsm=landlock,…`, or give \
+             `--allow-missing=landlock` to do without this wall",
+        );
+    }
+    Ok(match status.landlock {
+        LandlockStatus::Available { effective_abi, .. } => missing_rights(effective_abi as i32),
+        _ => Some("landlock: none on this kernel, allowed by --allow-missing=landlock".to_owned()),
+    })
+}
+
+fn missing_rights(abi: i32) -> Option<String> {
+    let missing: Vec<_> = RIGHTS
+        .iter()
+        .filter(|(since, _)| *since > abi)
+        .map(|(_, what)| *what)
+        .collect();
+    if missing.is_empty() {
+        return None;
+    }
+    let missing = missing.join(", ");
+    Some(format!(
+        "landlock: this kernel has version {abi} of {ABI_WANTED_NUMBER}, which cannot restrict: {missing}"
+    ))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_what_an_older_kernel_lacks() {
+        assert_eq!(missing_rights(7), None);
+        assert_eq!(missing_rights(6), None);
+        let two = missing_rights(2).unwrap();
+        assert!(
+            two.contains("version 2 of 7") && two.contains("truncation"),
+            "{two}"
+        );
+        assert!(!two.contains("moving"), "{two}");
+    }
+}

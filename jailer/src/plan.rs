@@ -1,0 +1,397 @@
+//! The order in which a jail goes up. Pure: arguments in, steps out; nothing is done here.
+//!
+//! The jailer is one process until [`Plan::fork`]. What is done before it (cgroup, namespaces, the
+//! empty root) holds for both halves at once; what comes after it, each half does for itself.
+
+use crate::arguments::{Arguments, GrantKind};
+
+/// One step.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Step {
+    /// Close all descriptors but 0, 1, 2 and `--log-fd`, which must be streams; default signal mask,
+    /// SIGCHLD and personality.
+    CloseDescriptors,
+    /// `--daemonize`: a session of its own, while the caller's child waits for the outcome.
+    Daemonize,
+    /// Open `--exec-file`.
+    OpenExecFile,
+    /// Open `/dev/kvm` and `/dev/null`.
+    OpenDevices,
+    /// Open files that are granted.
+    OpenFiles,
+    /// Open the directories that the broker will look beneath.
+    OpenDirectories,
+    /// Make granted listeners.
+    Listen,
+    /// Make and enter the cgroup.
+    JoinCgroup,
+    /// Enter `--netns` and open taps there.
+    OpenTaps,
+    /// New network, mount, IPC, UTS and cgroup namespaces.
+    Unshare,
+    /// An empty, read-only root.
+    EmptyRoot,
+    /// Resource limits.
+    Limits,
+    /// Empty the capability bounding set, and lock the secure bits.
+    BoundingSet,
+    /// Groups, gid, uid; an empty session keyring.
+    User,
+    /// Empty every capability set.
+    Capabilities,
+    /// SIGKILL when the parent ends.
+    DieWithParent,
+    /// no_new_privs.
+    NoNewPrivileges,
+    /// `--daemonize`: 0, 1, 2 become `/dev/null`.
+    CloseStreams,
+    /// A Landlock domain.
+    Landlock,
+    /// The sealed hand-over table; named descriptors survive exec.
+    HandOver,
+    /// `execveat`.
+    Exec,
+    /// The broker's seccomp filter.
+    Seccomp,
+    /// Answer the VMM, forward signals, wait for its end.
+    Serve,
+}
+
+impl Step {
+    /// What the step is called in an error.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::CloseDescriptors => "close descriptors",
+            Self::Daemonize => "daemonize",
+            Self::OpenExecFile => "open the VMM",
+            Self::OpenDevices => "open devices",
+            Self::OpenFiles => "open files",
+            Self::OpenDirectories => "open directories",
+            Self::Listen => "listen",
+            Self::JoinCgroup => "join the cgroup",
+            Self::OpenTaps => "open taps",
+            Self::Unshare => "new namespaces",
+            Self::EmptyRoot => "empty root",
+            Self::Limits => "resource limits",
+            Self::BoundingSet => "bounding set",
+            Self::User => "drop to the user",
+            Self::Capabilities => "drop capabilities",
+            Self::DieWithParent => "die with the parent",
+            Self::NoNewPrivileges => "no_new_privs",
+            Self::CloseStreams => "close standard streams",
+            Self::Landlock => "landlock",
+            Self::HandOver => "hand over",
+            Self::Exec => "exec the VMM",
+            Self::Seccomp => "seccomp",
+            Self::Serve => "serve",
+        }
+    }
+
+    /// Why it is done, and why here.
+    pub const fn reason(self) -> &'static str {
+        match self {
+            Self::CloseDescriptors => {
+                "what the caller left open must not reach the VMM; first, so that every later number is ours"
+            }
+            Self::Daemonize => {
+                "setsid needs a process that leads no group, so it forks: before anything is held"
+            }
+            Self::OpenExecFile => {
+                "by descriptor, because the path will not exist in the empty root"
+            }
+            Self::OpenDevices => "no device node exists in the jail",
+            Self::OpenFiles => {
+                "with the caller's privileges and mounts; the jail has neither. Bad paths fail before anything is made"
+            }
+            Self::OpenDirectories => {
+                "O_PATH and for the broker alone: a directory's descriptor would be the VMM's way out"
+            }
+            Self::Listen => {
+                "needs the path; the last step that needs one besides cgroups and netns"
+            }
+            Self::JoinCgroup => {
+                "before memory and namespaces are made, so that they are charged to the machine; before the cgroup namespace, which starts here"
+            }
+            Self::OpenTaps => {
+                "a tap is attached by name in its own network namespace; the descriptor works from any"
+            }
+            Self::Unshare => {
+                "after the last host path and interface was used. The network namespace is empty: not even --netns is the VMM's"
+            }
+            Self::EmptyRoot => {
+                "needs CAP_SYS_ADMIN and the mount namespace; before the fork, so that the broker has it too"
+            }
+            Self::Limits => {
+                "after everything is open, before privileges go; for each half after the fork, so that none escapes"
+            }
+            Self::BoundingSet => {
+                "needs CAP_SETPCAP, which the change of user takes away; emptied, so that no exec gains anything"
+            }
+            Self::User => {
+                "groups before gid before uid: each needs a privilege that the next one ends"
+            }
+            Self::Capabilities => {
+                "the change of user empties the effective set alone for sure: empty and check them all"
+            }
+            Self::DieWithParent => {
+                "the change of user clears it, so after; the parent is the broker, and may have died before"
+            }
+            Self::NoNewPrivileges => {
+                "Landlock and seccomp ask for it, and it must hold across exec"
+            }
+            Self::CloseStreams => "last of what can fail with a message, so that messages are seen",
+            Self::Landlock => {
+                "the wall for a descriptor that leads somewhere; after mounts, which it forbids"
+            }
+            Self::HandOver => {
+                "until here every descriptor closes at exec: only what the table names survives. After the fork, which makes the broker's socket; before the limits, which hold for the table's memory, too"
+            }
+            Self::Exec => "with an empty environment, from the descriptor",
+            Self::Seccomp => "after the last call that only set-up needs",
+            Self::Serve => "in the same jail as the VMM, and with less",
+        }
+    }
+}
+
+/// What only a look at the host tells.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Facts {
+    /// The operator's chroot exists.
+    pub chroot_exists: bool,
+}
+
+/// All steps.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Plan {
+    /// Before the fork, or all of them if there is none.
+    pub shared: Vec<Step>,
+    /// Whether and how to fork.
+    pub fork: Option<Fork>,
+    /// By the half that becomes the VMM.
+    pub vmm: Vec<Step>,
+    /// By the half that stays.
+    pub parent: Vec<Step>,
+}
+
+/// The jailer's two halves.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Fork {
+    /// The VMM gets a PID namespace of its own.
+    pub new_pid_ns: bool,
+    /// The half that stays answers requests.
+    pub broker: bool,
+}
+
+/// Orders the steps.
+pub fn plan(arguments: &Arguments, facts: Facts) -> Plan {
+    let has = |kind| arguments.grants.iter().any(|grant| grant.kind == kind);
+    let listens = has(GrantKind::Listen);
+    let looks_beneath = facts.chroot_exists || !arguments.allow_open.is_empty();
+    // No broker runs for a VM that needs none.
+    let broker = listens || looks_beneath;
+    let fork = (broker || arguments.new_pid_ns).then_some(Fork {
+        new_pid_ns: arguments.new_pid_ns,
+        broker,
+    });
+    let steps = |all: &[(bool, Step)]| -> Vec<Step> {
+        all.iter()
+            .filter(|(wanted, _)| *wanted)
+            .map(|(_, step)| *step)
+            .collect()
+    };
+    let files = has(GrantKind::ReadOnly) || has(GrantKind::ReadWrite);
+    let cgroup = !arguments.cgroups.is_empty() || arguments.parent_cgroup.is_some();
+    let shared = steps(&[
+        (true, Step::CloseDescriptors),
+        (arguments.daemonize, Step::Daemonize),
+        (true, Step::OpenExecFile),
+        (true, Step::OpenDevices),
+        (files, Step::OpenFiles),
+        (broker, Step::OpenDirectories),
+        (listens, Step::Listen),
+        (cgroup, Step::JoinCgroup),
+        (
+            has(GrantKind::Tap) || arguments.netns.is_some(),
+            Step::OpenTaps,
+        ),
+        (true, Step::Unshare),
+        (true, Step::EmptyRoot),
+    ]);
+    let forked = fork.is_some();
+    let vmm = steps(&[
+        (true, Step::HandOver),
+        (true, Step::Limits),
+        (true, Step::BoundingSet),
+        (true, Step::User),
+        (true, Step::Capabilities),
+        (forked || arguments.die_with_parent, Step::DieWithParent),
+        (true, Step::NoNewPrivileges),
+        (true, Step::Landlock),
+        (arguments.daemonize, Step::CloseStreams),
+        (true, Step::Exec),
+    ]);
+    let parent = steps(&[
+        (forked, Step::Limits),
+        (forked, Step::BoundingSet),
+        (forked, Step::User),
+        (forked, Step::Capabilities),
+        (forked && arguments.die_with_parent, Step::DieWithParent),
+        (forked, Step::NoNewPrivileges),
+        (forked, Step::Landlock),
+        (forked && arguments.daemonize, Step::CloseStreams),
+        (forked, Step::Seccomp),
+        (forked, Step::Serve),
+    ]);
+    Plan {
+        shared,
+        fork,
+        vmm,
+        parent,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::ffi::OsString;
+
+    use super::*;
+    use crate::arguments::{Command, parse};
+
+    fn planned(more: &str, facts: Facts) -> Plan {
+        let text = format!("--id a --exec-file /v --uid 5 --gid 5 {more}");
+        match parse(text.split_whitespace().map(OsString::from)).unwrap() {
+            Command::Run(arguments) => plan(&arguments, facts),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    fn everything() -> Plan {
+        planned(
+            "--grant-ro /a --grant-rw /b --grant-tap t --grant-listen /l --allow-open /o \
+             --cgroup memory.max=1 --netns /n --new-pid-ns --daemonize",
+            Facts {
+                chroot_exists: true,
+            },
+        )
+    }
+
+    /// Asserts that the steps occur in this order.
+    fn in_order(steps: &[Step], wanted: &[Step]) {
+        let mut at = steps.iter();
+        for step in wanted {
+            assert!(at.any(|other| other == step), "{step:?} in {steps:?}");
+        }
+    }
+
+    #[test]
+    fn the_whole_order() {
+        use Step::*;
+        let plan = everything();
+        assert_eq!(
+            plan.shared,
+            [
+                CloseDescriptors,
+                Daemonize,
+                OpenExecFile,
+                OpenDevices,
+                OpenFiles,
+                OpenDirectories,
+                Listen,
+                JoinCgroup,
+                OpenTaps,
+                Unshare,
+                EmptyRoot
+            ]
+        );
+        assert_eq!(
+            plan.vmm,
+            [
+                HandOver,
+                Limits,
+                BoundingSet,
+                User,
+                Capabilities,
+                DieWithParent,
+                NoNewPrivileges,
+                Landlock,
+                CloseStreams,
+                Exec
+            ]
+        );
+        assert_eq!(
+            plan.parent,
+            [
+                Limits,
+                BoundingSet,
+                User,
+                Capabilities,
+                NoNewPrivileges,
+                Landlock,
+                CloseStreams,
+                Seccomp,
+                Serve
+            ]
+        );
+    }
+
+    #[test]
+    fn no_broker_without_need() {
+        let plan = planned("--grant-ro /a --grant-tap t", Facts::default());
+        assert_eq!(plan.fork, None);
+        assert!(plan.parent.is_empty());
+        assert!(!plan.vmm.contains(&Step::DieWithParent));
+        for (more, facts) in [
+            ("--grant-listen /l", Facts::default()),
+            ("--allow-open /o", Facts::default()),
+            (
+                "",
+                Facts {
+                    chroot_exists: true,
+                },
+            ),
+        ] {
+            let fork = planned(more, facts).fork.unwrap();
+            assert!(fork.broker && !fork.new_pid_ns);
+        }
+        let fork = planned("--new-pid-ns", Facts::default()).fork.unwrap();
+        assert!(!fork.broker && fork.new_pid_ns);
+    }
+
+    #[test]
+    fn every_wall_stands_in_every_plan_and_in_both_halves() {
+        use Step::*;
+        let all = [
+            planned("", Facts::default()),
+            planned("--new-pid-ns", Facts::default()),
+            planned("--die-with-parent", Facts::default()),
+            everything(),
+        ];
+        for plan in &all {
+            in_order(&plan.shared, &[CloseDescriptors, Unshare, EmptyRoot]);
+            let walls = [
+                Limits,
+                BoundingSet,
+                User,
+                Capabilities,
+                NoNewPrivileges,
+                Landlock,
+            ];
+            in_order(&plan.vmm, &walls);
+            assert_eq!(plan.vmm.last(), Some(&Exec));
+            if plan.fork.is_some() {
+                in_order(&plan.parent, &walls);
+                in_order(&plan.parent, &[Landlock, Seccomp, Serve]);
+                // A uid change clears it.
+                in_order(&plan.vmm, &[User, DieWithParent]);
+            }
+        }
+    }
+
+    #[test]
+    fn every_step_has_a_reason() {
+        let plan = everything();
+        for step in plan.shared.iter().chain(&plan.vmm).chain(&plan.parent) {
+            assert!(!step.reason().is_empty() && !step.name().is_empty());
+        }
+    }
+}
