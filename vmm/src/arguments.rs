@@ -1,0 +1,215 @@
+//! The command line.
+
+use std::os::fd::RawFd;
+
+use casemate_broker::{MachineId, MachineIdError};
+use lexopt::{Arg, Parser, ValueExt};
+use log::LevelFilter;
+use thiserror::Error;
+
+use crate::logging;
+
+/// What `--help` prints.
+pub const HELP: &str = "\
+Usage: casemate-vmm --no-api --config-file FILE [OPTION...]
+Runs one microVM. Its first serial port is standard input and output.
+
+  --no-api            start from the config file alone (there is no API yet)
+  --config-file FILE  the machine, in Firecracker's config-file schema
+  --id ID             its name: 1 to 64 letters, digits and hyphens [anonymous]
+  --handover-fd N     what the jailer opened (given by the jailer)
+  --log-path FILE     append the log to FILE [standard error]
+  --level LEVEL       error, warn, info, debug or trace [warn]
+  --show-level        show each line's level
+  --show-log-origin   show each line's place in the source
+  --version           print the version
+  --help              print this
+
+Exit codes: 0 the guest powered off, 1 the VMM failed while it ran, 2 bad arguments, config or
+resources (nothing was started), 10 the guest asked for a reset, 11 the guest crashed, 12 ended by
+SIGTERM or SIGINT (the first presses the power button), 159 seccomp violation.";
+
+/// What the command line asks for.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Arguments {
+    /// Print [`HELP`].
+    Help,
+    /// Print the version.
+    Version,
+    /// Run a machine.
+    Run(RunArguments),
+}
+
+/// How to run a machine.
+#[derive(Debug, PartialEq, Eq)]
+pub struct RunArguments {
+    /// Where the config is.
+    pub config_file: String,
+    /// The machine's name.
+    pub id: MachineId,
+    /// The jailer's table.
+    pub handover_fd: Option<RawFd>,
+    /// Where the log goes, if not to standard error.
+    pub log_path: Option<String>,
+    /// How the log looks.
+    pub logging: logging::Options,
+}
+
+/// Why the command line is refused.
+#[derive(Debug, Error)]
+pub enum Error {
+    /// Not an option, or without its value.
+    #[error("{0}; see --help")]
+    Syntax(#[from] lexopt::Error),
+    /// An id that cannot be.
+    #[error("--id: {0}")]
+    Id(#[from] MachineIdError),
+    /// A value that is none.
+    #[error("{option} {value:?}: use {allowed}")]
+    Value {
+        /// The option.
+        option: &'static str,
+        /// Its value.
+        value: String,
+        /// What it may be.
+        allowed: &'static str,
+    },
+    /// Given twice.
+    #[error("{0} is given twice")]
+    Twice(&'static str),
+    /// An option that is not optional.
+    #[error("{0}; see --help")]
+    Missing(&'static str),
+}
+
+/// Reads the command line, without the program's name.
+///
+/// # Errors
+/// See [`Error`].
+pub fn parse<I>(arguments: I) -> Result<Arguments, Error>
+where
+    I: IntoIterator,
+    I::Item: Into<std::ffi::OsString>,
+{
+    let mut parser = Parser::from_args(arguments);
+    let (mut no_api, mut config_file, mut id) = (false, None, None);
+    let (mut handover_fd, mut log_path, mut level) = (None, None, None);
+    let (mut show_level, mut show_origin) = (false, false);
+    while let Some(argument) = parser.next()? {
+        match argument {
+            Arg::Long("help") | Arg::Short('h') => return Ok(Arguments::Help),
+            Arg::Long("version") | Arg::Short('V') => return Ok(Arguments::Version),
+            Arg::Long("no-api") => no_api = true,
+            Arg::Long("show-level") => show_level = true,
+            Arg::Long("show-log-origin") => show_origin = true,
+            Arg::Long("config-file") => {
+                set(&mut config_file, "--config-file", parser.value()?.string()?)?;
+            }
+            Arg::Long("id") => set(&mut id, "--id", parser.value()?.string()?.parse()?)?,
+            Arg::Long("log-path") => set(&mut log_path, "--log-path", parser.value()?.string()?)?,
+            Arg::Long("handover-fd") => {
+                let option = "--handover-fd";
+                let allowed = "the number of an open descriptor, 3 or higher";
+                let fd = value(option, parser.value()?.string()?, allowed, |text| {
+                    text.parse().ok().filter(|fd| *fd > 2)
+                })?;
+                set(&mut handover_fd, option, fd)?;
+            }
+            Arg::Long("level") => {
+                let option = "--level";
+                let allowed = "error, warn, info, debug or trace";
+                let parsed = value(option, parser.value()?.string()?, allowed, |text| {
+                    text.parse().ok().filter(|level| *level != LevelFilter::Off)
+                })?;
+                set(&mut level, option, parsed)?;
+            }
+            other => return Err(other.unexpected().into()),
+        }
+    }
+    if !no_api {
+        return Err(Error::Missing(
+            "there is no API yet: give --no-api and --config-file",
+        ));
+    }
+    Ok(Arguments::Run(RunArguments {
+        config_file: config_file.ok_or(Error::Missing("--config-file is missing"))?,
+        id: match id {
+            Some(id) => id,
+            None => "anonymous".parse()?,
+        },
+        handover_fd,
+        log_path,
+        logging: logging::Options {
+            level: level.unwrap_or(LevelFilter::Warn),
+            show_level,
+            show_origin,
+        },
+    }))
+}
+
+fn set<T>(slot: &mut Option<T>, option: &'static str, value: T) -> Result<(), Error> {
+    match slot.replace(value) {
+        None => Ok(()),
+        Some(_) => Err(Error::Twice(option)),
+    }
+}
+
+fn value<T>(
+    option: &'static str,
+    text: String,
+    allowed: &'static str,
+    parse: impl FnOnce(&str) -> Option<T>,
+) -> Result<T, Error> {
+    parse(&text).ok_or(Error::Value {
+        option,
+        value: text,
+        allowed,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn refused(arguments: &[&str]) -> String {
+        let error = parse(arguments).expect_err("should be refused").to_string();
+        assert!(!error.contains('\n'), "{error}");
+        error
+    }
+
+    #[test]
+    fn reads_what_a_jailer_says() {
+        let arguments = "--id vm-1 --handover-fd 5 --no-api --config-file config --level debug";
+        let Arguments::Run(run) = parse(arguments.split(' ')).unwrap() else {
+            panic!("not a run");
+        };
+        assert_eq!(run.id.as_str(), "vm-1");
+        assert_eq!(run.handover_fd, Some(5));
+        assert_eq!(run.config_file, "config");
+        assert_eq!(run.logging.level, LevelFilter::Debug);
+        assert_eq!(parse(["--help"]).unwrap(), Arguments::Help);
+        assert_eq!(parse(["--version"]).unwrap(), Arguments::Version);
+    }
+
+    #[test]
+    fn says_what_is_wrong() {
+        for (arguments, text) in [
+            (&[][..], "--no-api"),
+            (&["--no-api"], "--config-file is missing"),
+            (&["--config-file"], "--config-file"),
+            (&["--bogus"], "--bogus"),
+            (&["stray"], "stray"),
+            (&["--api-sock", "/x"], "--api-sock"),
+            (&["--no-api", "--config-file", "c", "--id", "../x"], "--id"),
+            (&["--id", ""], "--id"),
+            (&["--id", &"x".repeat(300)], "300"),
+            (&["--handover-fd", "2"], "--handover-fd"),
+            (&["--handover-fd", "x"], "--handover-fd"),
+            (&["--level", "off"], "--level"),
+            (&["--config-file", "a", "--config-file", "b"], "twice"),
+        ] {
+            let error = refused(arguments);
+            assert!(error.contains(text), "{text:?} in {error:?}");
+        }
+    }
+}

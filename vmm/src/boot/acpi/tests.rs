@@ -1,0 +1,156 @@
+use super::super::testing::machine;
+use super::*;
+
+const START: u64 = layout::ACPI_TABLES_START;
+
+/// A table of the blob, its length and checksum checked.
+fn table(blob: &[u8], address: u64) -> &[u8] {
+    let offset = (address - START) as usize;
+    assert_eq!(offset % 16, 0);
+    let length = u32::from_le_bytes(blob[offset + 4..offset + 8].try_into().unwrap());
+    let table = &blob[offset..offset + length as usize];
+    assert_eq!(sum(table), 0, "checksum of {:?}", &table[..4]);
+    assert_eq!(&table[10..24], b"CASEMTCASEMATE");
+    table
+}
+
+fn sum(bytes: &[u8]) -> u8 {
+    bytes.iter().fold(0, |sum, byte| sum.wrapping_add(*byte))
+}
+
+fn long(bytes: &[u8], offset: usize) -> u64 {
+    u64::from_le_bytes(bytes[offset..offset + 8].try_into().unwrap())
+}
+
+fn word(bytes: &[u8], offset: usize) -> u32 {
+    u32::from_le_bytes(bytes[offset..offset + 4].try_into().unwrap())
+}
+
+/// Every table, found as a guest finds it.
+struct Tables {
+    fadt: Vec<u8>,
+    madt: Vec<u8>,
+    dsdt: Vec<u8>,
+}
+
+fn tables(machine: &MachineDescription) -> Tables {
+    let blob = build(machine, START).unwrap();
+    assert_eq!(&blob[..8], b"RSD PTR ");
+    assert_eq!(blob[15], 2);
+    assert_eq!(sum(&blob[..20]), 0);
+    assert_eq!(sum(&blob[..36]), 0);
+    let xsdt = table(&blob, long(&blob, 24));
+    assert_eq!(&xsdt[..4], b"XSDT");
+    assert_eq!(xsdt.len(), 36 + 2 * 8);
+    let fadt = table(&blob, long(xsdt, 36)).to_vec();
+    let madt = table(&blob, long(xsdt, 44)).to_vec();
+    assert_eq!((&fadt[..4], &madt[..4]), (&b"FACP"[..], &b"APIC"[..]));
+    assert_eq!(word(&fadt, 40), 0);
+    let dsdt = table(&blob, long(&fadt, 140)).to_vec();
+    assert_eq!(&dsdt[..4], b"DSDT");
+    Tables { fadt, madt, dsdt }
+}
+
+fn contains(haystack: &[u8], needle: &[u8]) -> usize {
+    haystack
+        .windows(needle.len())
+        .filter(|window| *window == needle)
+        .count()
+}
+
+#[test]
+fn fadt_is_hardware_reduced() {
+    let fadt = tables(&machine(0)).fadt;
+    let flags = word(&fadt, 112);
+    assert_ne!(flags & (1 << 20), 0, "HW_REDUCED_ACPI");
+    assert_ne!(flags & (1 << 10), 0, "RESET_REG_SUP");
+    assert_ne!(flags & (1 << 4), 0, "no fixed power button");
+    assert_eq!(
+        &fadt[109..111],
+        &[0b10_0110, 0],
+        "8042, no VGA, no CMOS clock"
+    );
+    // Generic addresses: in memory, one byte wide, byte access.
+    let register = |offset: usize| {
+        assert_eq!(&fadt[offset..offset + 4], &[0, 8, 0, 1]);
+        long(&fadt, offset + 4)
+    };
+    assert_eq!(register(244), layout::ACPI_REGISTERS_START);
+    assert_eq!(register(256), layout::ACPI_REGISTERS_START + 1);
+    assert_eq!(register(116), layout::ACPI_REGISTERS_START + 2);
+    assert_eq!(fadt[128], 1, "reset value");
+    let mut without = machine(0);
+    without.has_i8042 = false;
+    assert_eq!(tables(&without).fadt[109], 0b10_0100);
+}
+
+#[test]
+fn madt_names_every_cpu() {
+    for vcpus in [1, 2, 32] {
+        let mut machine = machine(0);
+        machine.vcpus = vcpus;
+        let madt = tables(&machine).madt;
+        assert_eq!(word(&madt, 36), 0xfee0_0000);
+        assert_eq!(word(&madt, 40), 0, "no 8259 pair");
+        let (cpus, io_apic) = madt[44..].split_at(usize::from(vcpus) * 8);
+        for (id, cpu) in (0..vcpus).zip(cpus.chunks(8)) {
+            assert_eq!(cpu, [0, 8, id, id, 1, 0, 0, 0]);
+        }
+        assert_eq!(io_apic, [1, 12, 0, 0, 0, 0, 0xc0, 0xfe, 0, 0, 0, 0]);
+    }
+}
+
+#[test]
+fn dsdt_names_every_device() {
+    let dsdt = tables(&machine(18)).dsdt;
+    assert_eq!(contains(&dsdt, b"LNRO0005"), 18);
+    for i in 0..18_u32 {
+        let base = (layout::VIRTIO_MMIO_START as u32 + i * 0x1000).to_le_bytes();
+        let memory = [&[0x86, 9, 0, 1][..], &base, &0x1000_u32.to_le_bytes()].concat();
+        // Extended interrupt descriptor: consumer, edge, active high, exclusive, one.
+        let interrupt = [&[0x89, 6, 0, 0b0011, 1][..], &(6 + i).to_le_bytes()].concat();
+        assert_eq!(
+            contains(&dsdt, &[memory, interrupt].concat()),
+            1,
+            "device {i}"
+        );
+    }
+    assert_eq!(contains(&dsdt, b"ACPI0013"), 1);
+    assert_eq!(contains(&dsdt, b"COM1"), 1);
+    assert_eq!(contains(&dsdt, b"PS2K"), 1);
+    // \_S5: a package of one element, the byte 5.
+    assert_eq!(contains(&dsdt, b"\x08\\_S5_\x12\x04\x01\x0a\x05"), 1);
+
+    let mut bare = machine(0);
+    bare.has_com1 = false;
+    bare.has_i8042 = false;
+    let dsdt = tables(&bare).dsdt;
+    for name in [&b"LNRO0005"[..], b"COM1", b"PS2K"] {
+        assert_eq!(contains(&dsdt, name), 0);
+    }
+    assert_eq!(
+        contains(&dsdt, b"PWRB"),
+        2,
+        "the button and its notification"
+    );
+}
+
+#[test]
+fn windows_above_4_gib_are_refused() {
+    for (base, size) in [(1 << 32, 0x1000), (0xffff_f000, 0x1001), (u64::MAX, 2)] {
+        let mut machine = machine(1);
+        machine.mmio_devices[0].base = base;
+        machine.mmio_devices[0].size = size;
+        let error = build(&machine, START).unwrap_err();
+        assert!(matches!(error, Error::DeviceTooHigh { .. }), "{error}");
+    }
+}
+
+#[test]
+fn tables_that_outgrow_their_place_are_refused() {
+    let mut machine = machine(1);
+    machine.mmio_devices = vec![machine.mmio_devices[0]; 4096];
+    let memory = super::super::testing::memory(&[(0, 2 << 20)]);
+    let error = write(&memory, &machine).unwrap_err();
+    assert!(matches!(error, Error::AcpiTooLarge { .. }), "{error}");
+}

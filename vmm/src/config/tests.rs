@@ -1,0 +1,250 @@
+//! What a config may say, and the words with which another one is refused.
+
+use super::*;
+
+/// A config with a `machine-config`, a `boot-source` and whatever else.
+fn with(extra: &str) -> String {
+    format!(
+        r#"{{"boot-source":{{"kernel_image_path":"/k"}},
+            "machine-config":{{"vcpu_count":1,"mem_size_mib":128}}{extra}}}"#
+    )
+}
+
+fn machine(fields: &str) -> String {
+    format!(r#"{{"boot-source":{{"kernel_image_path":"/k"}},"machine-config":{{{fields}}}}}"#)
+}
+
+#[track_caller]
+fn refused(text: &str) -> String {
+    let error = Config::from_json(text.as_bytes())
+        .expect_err(text)
+        .to_string();
+    assert!(!error.contains('\n'), "one line: {error}");
+    error
+}
+
+#[track_caller]
+fn refused_with(text: &str, parts: &[&str]) {
+    let error = refused(text);
+    for part in parts {
+        assert!(error.contains(part), "{part:?} in {error:?}");
+    }
+}
+
+#[test]
+fn reads_firecrackers_schema() {
+    let text = r#"{
+        "boot-source": {"kernel_image_path": "/k", "boot_args": "console=ttyS0", "initrd_path": "/i", "protocol": "pvh"},
+        "machine-config": {"vcpu_count": 32, "mem_size_mib": 1, "smt": false, "track_dirty_pages": false, "huge_pages": "None", "pit": true},
+        "drives": [
+            {"drive_id": "data", "path_on_host": "/d", "is_root_device": false, "is_read_only": true, "io_engine": "Sync", "cache_type": "Writeback"},
+            {"drive_id": "root", "path_on_host": "/r", "is_root_device": true, "partuuid": null}
+        ],
+        "network-interfaces": [{"iface_id": "eth0", "host_dev_name": "tap0", "guest_mac": "06:00:AC:10:00:02", "mtu": 1400}],
+        "vsock": {"guest_cid": 3, "uds_path": "/v.sock", "vsock_id": "x"},
+        "entropy": {},
+        "balloon": null
+    }"#;
+    let config = Config::from_json(text.as_bytes()).unwrap();
+    assert_eq!(config.device_count(), 5);
+    assert_eq!(config.memory_size(), 1 << 20);
+    assert_eq!(config.boot_source.protocol, Some(Protocol::Pvh));
+    let order: Vec<_> = config
+        .drives_in_order()
+        .map(|d| d.drive_id.as_str())
+        .collect();
+    assert_eq!(order, ["root", "data"]);
+    assert_eq!(
+        config.network_interfaces[0].guest_mac.unwrap().0,
+        [6, 0, 0xac, 0x10, 0, 2]
+    );
+}
+
+#[test]
+fn refuses_what_it_does_not_know() {
+    refused_with(
+        &with(r#","drivez":[]"#),
+        &["unknown field `drivez`", "line 2"],
+    );
+    refused_with(
+        &machine(r#""vcpu_count":1,"mem_size_mib":1,"cpus":2"#),
+        &["unknown field `cpus`", "vcpu_count"],
+    );
+    refused_with(
+        &with(r#","vsock":{"guest_cid":3,"uds_path":"/v","x":1}"#),
+        &["unknown field `x`"],
+    );
+    refused_with(&with(r#","entropy":{"x":1}"#), &["unknown field `x`"]);
+    refused_with(
+        r#"{"machine-config":{"vcpu_count":1,"mem_size_mib":1}}"#,
+        &["missing field `boot-source`"],
+    );
+    for garbage in ["", "[", "{}", "null", "\u{0}", r#"{"boot-source":[]}"#] {
+        refused(garbage);
+    }
+    refused(&"[".repeat(100_000));
+}
+
+#[test]
+fn bounds_cpus_and_memory() {
+    for count in ["0", "33", "255"] {
+        refused_with(
+            &machine(&format!(r#""vcpu_count":{count},"mem_size_mib":1"#)),
+            &["machine-config.vcpu_count", count, "1 to 32"],
+        );
+    }
+    for count in ["-1", "256", "1.5", "\"1\""] {
+        refused(&machine(&format!(
+            r#""vcpu_count":{count},"mem_size_mib":1"#
+        )));
+    }
+    for size in ["0", "16777217", "18446744073709551615"] {
+        refused_with(
+            &machine(&format!(r#""vcpu_count":1,"mem_size_mib":{size}"#)),
+            &["machine-config.mem_size_mib", size],
+        );
+    }
+}
+
+#[test]
+fn names_what_is_not_supported_yet() {
+    for (extra, field) in [
+        (r#","balloon":{"amount_mib":1}"#, "`balloon`"),
+        (r#","cpu-config":{}"#, "`cpu-config`"),
+        (r#","logger":{}"#, "`logger`"),
+        (r#","metrics":{}"#, "`metrics`"),
+        (r#","mmds-config":{}"#, "`mmds-config`"),
+        (r#","entropy":{"rate_limiter":{}}"#, "entropy.rate_limiter"),
+        (
+            r#","drives":[{"drive_id":"a","path_on_host":"/a","io_engine":"Async"}]"#,
+            "drives[].io_engine",
+        ),
+        (
+            r#","drives":[{"drive_id":"a","path_on_host":"/a","rate_limiter":{}}]"#,
+            "drives[].rate_limiter",
+        ),
+        (
+            r#","network-interfaces":[{"iface_id":"a","host_dev_name":"t","tx_rate_limiter":{}}]"#,
+            "tx_rate_limiter",
+        ),
+    ] {
+        refused_with(&with(extra), &[field, "not supported yet"]);
+    }
+    for (extra, field) in [
+        (r#""smt":true"#, "smt"),
+        (r#""track_dirty_pages":true"#, "track_dirty_pages"),
+        (r#""huge_pages":"2M""#, "huge_pages"),
+        (r#""cpu_template":"T2""#, "cpu_template"),
+    ] {
+        refused_with(
+            &machine(&format!(r#""vcpu_count":1,"mem_size_mib":1,{extra}"#)),
+            &[field, "not supported yet"],
+        );
+    }
+}
+
+#[test]
+fn refuses_two_of_one_name() {
+    refused_with(
+        &with(
+            r#","drives":[{"drive_id":"a","path_on_host":"/1"},{"drive_id":"a","path_on_host":"/2"}]"#,
+        ),
+        &["two drives", "\"a\""],
+    );
+    refused_with(
+        &with(
+            r#","drives":[{"drive_id":"a","path_on_host":"/1"},{"drive_id":"b","path_on_host":"/1"}]"#,
+        ),
+        &["path_on_host", "\"/1\"", "twice"],
+    );
+    refused_with(
+        &with(
+            r#","drives":[{"drive_id":"a","path_on_host":"/1","is_root_device":true},{"drive_id":"b","path_on_host":"/2","is_root_device":true}]"#,
+        ),
+        &["is_root_device"],
+    );
+    refused_with(
+        &with(
+            r#","network-interfaces":[{"iface_id":"a","host_dev_name":"t"},{"iface_id":"a","host_dev_name":"u"}]"#,
+        ),
+        &["two network-interfaces"],
+    );
+    refused_with(
+        &with(
+            r#","network-interfaces":[{"iface_id":"a","host_dev_name":"t"},{"iface_id":"b","host_dev_name":"t"}]"#,
+        ),
+        &["host_dev_name", "twice"],
+    );
+}
+
+#[test]
+fn refuses_bad_ids_and_values() {
+    for id in ["", "a/b", "..", "a b", "é", &"x".repeat(65)] {
+        refused_with(
+            &with(&format!(
+                r#","drives":[{{"drive_id":"{id}","path_on_host":"/1"}}]"#
+            )),
+            &["drive_id"],
+        );
+    }
+    for path in ["", "a\\u0000b", "a\\nb"] {
+        refused_with(
+            &with(&format!(
+                r#","drives":[{{"drive_id":"a","path_on_host":"{path}"}}]"#
+            )),
+            &["path_on_host"],
+        );
+    }
+    for mac in [
+        "",
+        "06:00:ac:10:00",
+        "06:00:ac:10:00:02:03",
+        "+6:00:ac:10:00:02",
+        "0g:00:ac:10:00:02",
+        "01:00:5e:00:00:01",
+    ] {
+        refused_with(
+            &with(&format!(
+                r#","network-interfaces":[{{"iface_id":"a","host_dev_name":"t","guest_mac":"{mac}"}}]"#
+            )),
+            &["address"],
+        );
+    }
+    refused_with(
+        &with(r#","network-interfaces":[{"iface_id":"a","host_dev_name":"t","mtu":67}]"#),
+        &["mtu", "67"],
+    );
+    for cid in ["0", "2", "4294967295", "18446744073709551615"] {
+        refused_with(
+            &with(&format!(
+                r#","vsock":{{"guest_cid":{cid},"uds_path":"/v"}}"#
+            )),
+            &["vsock.guest_cid", cid],
+        );
+    }
+    refused_with(
+        r#"{"boot-source":{"kernel_image_path":"/k","boot_args":"a\u0000b"},"machine-config":{"vcpu_count":1,"mem_size_mib":1}}"#,
+        &["boot_args"],
+    );
+}
+
+#[test]
+fn counts_interrupt_pins() {
+    let drives = |count: usize| {
+        let drives: Vec<_> = (0..count)
+            .map(|n| format!(r#"{{"drive_id":"d{n}","path_on_host":"/{n}"}}"#))
+            .collect();
+        with(&format!(
+            r#","entropy":{{}},"drives":[{}]"#,
+            drives.join(",")
+        ))
+    };
+    assert!(Config::from_json(drives(17).as_bytes()).is_ok());
+    assert!(matches!(
+        Config::from_json(drives(18).as_bytes()),
+        Err(Error::NotEnoughInterruptPins {
+            wanted: 19,
+            available: 18
+        })
+    ));
+}

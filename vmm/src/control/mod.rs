@@ -1,0 +1,219 @@
+//! The control thread: the process's main thread. It builds the machine, then waits for its end,
+//! for signals, and for input to the console.
+
+mod console;
+
+use std::io;
+use std::os::fd::AsRawFd;
+use std::time::{Duration, Instant};
+
+use log::info;
+use nix::sys::signal::{SigSet, Signal};
+use nix::sys::signalfd::{SfdFlags, SignalFd};
+use thiserror::Error;
+use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
+
+use crate::ending::End;
+use crate::machine::{Machine, Panel};
+use console::Input;
+
+/// How long a guest may take to shut down after its power button was pressed.
+pub const GRACE: Duration = Duration::from_secs(5);
+/// How soon input is offered again to a port that a vCPU was using.
+const RETRY: Duration = Duration::from_millis(10);
+
+/// Why the control thread cannot control.
+#[derive(Debug, Error)]
+#[error("control thread: cannot {action}: {source}")]
+pub struct Error {
+    action: &'static str,
+    source: io::Error,
+}
+
+fn failed<E: Into<io::Error>>(action: &'static str) -> impl FnOnce(E) -> Error {
+    move |error| Error {
+        action,
+        source: error.into(),
+    }
+}
+
+/// What woke the control thread.
+#[derive(Clone, Copy)]
+enum Token {
+    End,
+    Signal,
+    Room,
+    Stdin,
+}
+
+impl Token {
+    const ALL: [Self; 4] = [Self::End, Self::Signal, Self::Room, Self::Stdin];
+}
+
+/// The control thread's loop, made while descriptors may still be made.
+pub struct Control {
+    epoll: Epoll,
+    signals: SignalFd,
+    input: Input,
+    /// When the machine is ended by force.
+    deadline: Option<Instant>,
+}
+
+impl Control {
+    /// Prepares the loop: SIGTERM and SIGINT become readable, in this thread and all that it starts, and
+    /// a terminal on standard input becomes raw, but for its interrupt key.
+    ///
+    /// # Errors
+    /// When the kernel refuses.
+    pub fn new() -> Result<Self, Error> {
+        let mut awaited = SigSet::empty();
+        awaited.add(Signal::SIGTERM);
+        awaited.add(Signal::SIGINT);
+        let mut blocked = awaited;
+        // What grows a file past RLIMIT_FSIZE gets EFBIG: a guest that writes to its disk or its console
+        // does not thereby end the process.
+        blocked.add(Signal::SIGXFSZ);
+        // A job in the background fails to use its terminal instead of being stopped by it.
+        blocked.add(Signal::SIGTTIN);
+        blocked.add(Signal::SIGTTOU);
+        blocked.thread_block().map_err(failed("block signals"))?;
+        let flags = SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC;
+        let signals = SignalFd::with_flags(&awaited, flags);
+        Ok(Self {
+            epoll: Epoll::new().map_err(failed("make an event loop"))?,
+            signals: signals.map_err(failed("make a signalfd"))?,
+            input: Input::new(),
+            deadline: None,
+        })
+    }
+
+    /// Starts `machine` and returns how it ended.
+    ///
+    /// # Errors
+    /// When the machine cannot be started; nothing of the guest has run then.
+    pub fn run(mut self, machine: Machine) -> Result<End, crate::Error> {
+        let machine = machine.start()?;
+        let panel = &machine.panel;
+        self.watch(panel.ends.event(), Token::End)?;
+        self.watch(&self.signals, Token::Signal)?;
+        self.watch(panel.serial.room(), Token::Room)?;
+        machine.resume();
+        let end = match self.wait_for_end(panel) {
+            Ok(end) => end,
+            Err(error) => End::Failed(error.to_string()),
+        };
+        // Dropping the machine would wait for its threads: the caller exits instead.
+        std::mem::forget(machine);
+        Ok(end)
+    }
+
+    fn watch(&self, fd: &impl AsRawFd, token: Token) -> Result<(), Error> {
+        let event = EpollEvent::new(EventSet::IN, token as u64);
+        self.epoll
+            .ctl(ControlOperation::Add, fd.as_raw_fd(), event)
+            .map_err(failed("watch a descriptor"))
+    }
+
+    fn wait_for_end(&mut self, panel: &Panel) -> Result<End, Error> {
+        let mut events = [EpollEvent::default(); 4];
+        loop {
+            let busy = self
+                .input
+                .pump(&panel.serial, &self.epoll, Token::Stdin as u64);
+            let count = match self.epoll.wait(self.timeout(busy), &mut events) {
+                Ok(count) => count,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => 0,
+                Err(error) => return Err(failed("wait for events")(error)),
+            };
+            for event in events.iter().take(count) {
+                let token = Token::ALL
+                    .iter()
+                    .find(|token| **token as u64 == event.data());
+                match token {
+                    Some(Token::Signal) => self.on_signal(panel)?,
+                    Some(Token::Room) => {
+                        // Only a wake-up; what it is for is done at the top.
+                        let _ = panel.serial.room().read();
+                    }
+                    Some(Token::Stdin) => self.input.read(&self.epoll),
+                    Some(Token::End) | None => {}
+                }
+            }
+            // A guest that ended by itself has the last word.
+            if let Some(end) = panel.ends.announced() {
+                return Ok(end);
+            }
+            if self.deadline.is_some_and(|at| at <= Instant::now()) {
+                return Ok(End::ByHost);
+            }
+        }
+    }
+
+    /// For epoll: milliseconds, or -1 for ever.
+    fn timeout(&self, busy: bool) -> i32 {
+        let left = self.deadline.map(|at| {
+            // Rounded up, so that the deadline has passed when it wakes.
+            at.saturating_duration_since(Instant::now())
+                .saturating_add(Duration::from_millis(1))
+        });
+        let left = if busy {
+            Some(left.map_or(RETRY, |left| left.min(RETRY)))
+        } else {
+            left
+        };
+        left.map_or(-1, |left| {
+            i32::try_from(left.as_millis()).unwrap_or(i32::MAX)
+        })
+    }
+
+    /// The first signal presses the power button, the second ends the machine.
+    fn on_signal(&mut self, panel: &Panel) -> Result<(), Error> {
+        while let Some(signal) = self
+            .signals
+            .read_signal()
+            .map_err(failed("read a signal"))?
+        {
+            let now = Instant::now();
+            // Act first: a log that nobody reads must not keep the machine from its end.
+            if self.deadline.is_none() {
+                panel.acpi.press_power_button();
+                self.deadline = Some(now.checked_add(GRACE).unwrap_or(now));
+                info!(
+                    "signal {}: pressed the power button, ending the guest in {GRACE:?} or at the next signal",
+                    signal.ssi_signo
+                );
+            } else {
+                self.deadline = Some(now);
+                info!("signal {}: ending the guest", signal.ssi_signo);
+            }
+        }
+        Ok(())
+    }
+
+    /// Puts back what [`Control::new`] and the console changed of the terminal.
+    pub fn restore_terminal() {
+        console::restore_terminal();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use nix::sys::resource::{Resource, setrlimit};
+    use std::os::unix::fs::FileExt as _;
+
+    #[test]
+    fn a_file_that_may_not_grow_does_not_end_the_process() {
+        if !crate::testing::alone(
+            "control::tests::a_file_that_may_not_grow_does_not_end_the_process",
+        ) {
+            return;
+        }
+        let _control = Control::new().unwrap();
+        setrlimit(Resource::RLIMIT_FSIZE, 4096, 4096).unwrap();
+        let disk = tempfile::tempfile().unwrap();
+        let write = move || disk.write_at(&[1; 512], 8192).unwrap_err().raw_os_error();
+        let device_thread = std::thread::spawn(write);
+        assert_eq!(device_thread.join().unwrap(), Some(libc::EFBIG));
+    }
+}

@@ -1,0 +1,200 @@
+//! The first serial port (16550A): what the guest writes goes straight to standard output, what is typed
+//! goes into its FIFO.
+//!
+//! Nothing is buffered here but the FIFO's 64 bytes. A reader of standard output that does not
+//! read makes the guest wait, at most [`STALLED`] for each byte if the descriptor is non-blocking;
+//! the control thread never waits for a vCPU that does ([`SerialPort::offer`]).
+
+use std::io::{self, Write};
+use std::os::fd::AsFd;
+use std::sync::{Mutex, PoisonError, TryLockError};
+
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, poll};
+use vm_superio::Serial;
+use vm_superio::serial::SerialEvents;
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+
+use super::Line;
+use crate::bus::BusDevice;
+
+/// Size of its window in ports.
+pub const WINDOW: u64 = 8;
+/// How long one byte waits for a non-blocking standard output, in milliseconds.
+const STALLED: u16 = 100;
+
+/// Standard output, without the standard library's lock and buffer.
+struct Console;
+
+impl Write for Console {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let stdout = io::stdout();
+        loop {
+            match nix::unistd::write(stdout.as_fd(), bytes) {
+                Err(Errno::EINTR) => {}
+                Err(Errno::EAGAIN) => {
+                    let mut ready = [PollFd::new(stdout.as_fd(), PollFlags::POLLOUT)];
+                    match poll(&mut ready, STALLED) {
+                        Ok(0) => return Err(Errno::EAGAIN.into()),
+                        Ok(_) | Err(Errno::EINTR) => {}
+                        Err(error) => return Err(error.into()),
+                    }
+                }
+                other => return Ok(other?),
+            }
+        }
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// Tells the control thread that the FIFO has room again.
+struct Room(EventFd);
+
+impl SerialEvents for Room {
+    fn buffer_read(&self) {}
+    fn out_byte(&self) {}
+    fn tx_lost_byte(&self) {}
+    fn in_buffer_empty(&self) {
+        // A full counter wakes the control thread as well.
+        let _ = self.0.write(1);
+    }
+}
+
+/// What became of input that was offered.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Offer {
+    /// That many bytes were taken, at least one; there may be room for more.
+    Taken(usize),
+    /// The FIFO is full: offer it again when [`SerialPort::room`] is readable.
+    Full,
+    /// A vCPU is at it: offer it again in a moment.
+    Busy,
+}
+
+/// The port.
+pub struct SerialPort {
+    device: Mutex<Serial<Line, Room, Console>>,
+    interrupt: EventFd,
+    room: EventFd,
+}
+
+impl SerialPort {
+    /// A port that writes to standard output.
+    ///
+    /// # Errors
+    /// When the kernel gives no eventfd.
+    pub fn new() -> io::Result<Self> {
+        let line = Line::new()?;
+        let interrupt = line.try_clone()?;
+        let room = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
+        let events = Room(room.try_clone()?);
+        Ok(Self {
+            device: Mutex::new(Serial::with_events(line, events, Console)),
+            interrupt,
+            room,
+        })
+    }
+
+    /// Its interrupt.
+    pub fn interrupt(&self) -> &EventFd {
+        &self.interrupt
+    }
+
+    /// Readable when the FIFO has become empty.
+    pub fn room(&self) -> &EventFd {
+        &self.room
+    }
+
+    /// Offers input to the guest, never waiting.
+    pub fn offer(&self, input: &[u8]) -> Offer {
+        let mut device = match self.device.try_lock() {
+            Ok(device) => device,
+            Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
+            Err(TryLockError::WouldBlock) => return Offer::Busy,
+        };
+        match device.enqueue_raw_bytes(input) {
+            Ok(0) => Offer::Busy,
+            Ok(taken) => Offer::Taken(taken),
+            // The other error is an interrupt that could not be raised, and eventfds do not fail.
+            Err(_) => Offer::Full,
+        }
+    }
+}
+
+impl BusDevice for SerialPort {
+    fn read(&self, offset: u64, data: &mut [u8]) {
+        data.fill(0);
+        if let ([value], Ok(offset)) = (data, u8::try_from(offset)) {
+            let mut device = self.device.lock().unwrap_or_else(PoisonError::into_inner);
+            *value = device.read(offset);
+        }
+    }
+
+    fn write(&self, offset: u64, data: &[u8]) {
+        if let ([value], Ok(offset)) = (data, u8::try_from(offset)) {
+            let mut device = self.device.lock().unwrap_or_else(PoisonError::into_inner);
+            // A byte that nobody takes is lost, as on a real line. The guest is not told.
+            let _ = device.write(offset, *value);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const DATA: u64 = 0;
+    const IER: u64 = 1;
+    const MCR: u64 = 4;
+    const LSR: u64 = 5;
+
+    fn read(port: &SerialPort, offset: u64) -> u8 {
+        let mut data = [0];
+        port.read(offset, &mut data);
+        data[0]
+    }
+
+    #[test]
+    fn input_stops_at_a_full_fifo_and_goes_on_when_it_is_empty() {
+        let port = SerialPort::new().unwrap();
+        port.write(IER, &[1]);
+        assert_eq!(port.offer(&[7; 100]), Offer::Taken(64));
+        assert_eq!(port.offer(&[7; 36]), Offer::Full);
+        assert_eq!(port.interrupt().read().unwrap(), 1);
+        for left in (0..64).rev() {
+            assert_eq!(read(&port, LSR) & 1, 1);
+            assert_eq!(read(&port, DATA), 7);
+            assert_eq!(port.room().read().is_ok(), left == 0);
+        }
+        assert_eq!(read(&port, LSR) & 1, 0);
+        assert_eq!(port.offer(&[7; 36]), Offer::Taken(36));
+    }
+
+    #[test]
+    fn input_waits_while_the_line_is_looped_back() {
+        let port = SerialPort::new().unwrap();
+        port.write(MCR, &[0x10]);
+        assert_eq!(port.offer(b"x"), Offer::Busy);
+        // A guest can fill the FIFO by itself that way, and no more than the FIFO.
+        for _ in 0..1000 {
+            port.write(DATA, b"y");
+        }
+        port.write(MCR, &[0]);
+        assert_eq!(port.offer(b"x"), Offer::Full);
+    }
+
+    #[test]
+    fn odd_widths_and_offsets_do_nothing() {
+        let port = SerialPort::new().unwrap();
+        let mut data = [0xff; 4];
+        port.read(0, &mut data);
+        assert_eq!(data, [0; 4]);
+        port.write(0, b"xx");
+        port.write(0, b"");
+        port.write(u64::MAX, b"x");
+        port.read(u64::MAX, &mut data);
+    }
+}

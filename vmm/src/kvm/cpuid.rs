@@ -1,0 +1,283 @@
+//! What CPUID says inside: the host's offer, with our topology and without what cannot be honoured.
+//!
+//! Sources: Intel SDM volume 2A "CPUID"; AMD APM volume 3 appendix E; Linux
+//! Documentation/virt/kvm/x86/cpuid.rst for the leaves from 0x4000_0000.
+
+use kvm_bindings::{CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, kvm_cpuid_entry2};
+
+use super::Error;
+
+/// Leaf 1, ECX: DTES64, MONITOR, DS-CPL, VMX, SMX, EIST, TM2, SDBG, xTPR, PDCM, DCA. Parts of the host's
+/// power management, debug store and virtualization that no guest of ours has.
+const LEAF_1_ECX_REMOVED: u32 = bits(&[2, 3, 4, 5, 6, 7, 8, 11, 14, 15, 18]);
+/// Leaf 1, EDX: DS, ACPI (thermal), TM, PBE.
+const LEAF_1_EDX_REMOVED: u32 = bits(&[21, 22, 29, 31]);
+const LEAF_1_ECX_TSC_DEADLINE: u32 = 1 << 24;
+const LEAF_1_ECX_HYPERVISOR: u32 = 1 << 31;
+const LEAF_1_EDX_HTT: u32 = 1 << 28;
+/// Leaf 6, EAX: only ARAT (the APIC timer never stops).
+const LEAF_6_EAX_KEPT: u32 = 1 << 2;
+/// Leaf 7.0, EBX: SGX, resource monitoring and allocation, MPX, processor trace.
+const LEAF_7_EBX_REMOVED: u32 = bits(&[2, 12, 14, 15, 25]);
+/// Leaf 7.0, ECX: total memory encryption, key locker, SGX launch control.
+const LEAF_7_ECX_REMOVED: u32 = bits(&[13, 23, 30]);
+/// Leaf 7.0, EDX: hybrid CPU, PCONFIG.
+const LEAF_7_EDX_REMOVED: u32 = bits(&[15, 18]);
+/// Leaf 0x8000_0001, ECX: SVM, extended APIC space, IBS, SKINIT, watchdog, LWP, node id MSR (its leaf
+/// says it too), performance counters of all kinds, MONITORX.
+const EXTENDED_ECX_REMOVED: u32 = bits(&[2, 3, 10, 12, 13, 15, 19, 23, 24, 26, 27, 28, 29]);
+/// Leaf 0x8000_0001, ECX: more than one core, in AMD's older way.
+const EXTENDED_ECX_CMP_LEGACY: u32 = 1 << 1;
+
+/// Leaves of what was removed above: SGX, resource control, trace, PCONFIG, IBS, LWP,
+/// SEV, AMD's resource control, PMU v2; and AMD's newer topology leaf, which is not rewritten here.
+const LEAVES_REMOVED: [u32; 14] = [
+    0xf,
+    0x10,
+    0x12,
+    0x14,
+    0x1b,
+    0x23,
+    0x24,
+    0x8000_000a,
+    0x8000_001b,
+    0x8000_001c,
+    0x8000_001f,
+    0x8000_0020,
+    0x8000_0022,
+    0x8000_0026,
+];
+/// Leaves that stay and read as zero: MONITOR, PMU.
+const LEAVES_ZEROED: [u32; 2] = [0x5, 0xa];
+
+const fn bits(positions: &[u32]) -> u32 {
+    let mut mask = 0;
+    let mut at = 0;
+    while at < positions.len() {
+        mask |= 1 << positions[at];
+        at += 1;
+    }
+    mask
+}
+
+/// The CPUID of a machine, but for what differs from vCPU to vCPU.
+pub struct MachineCpuid {
+    entries: Vec<kvm_cpuid_entry2>,
+}
+
+impl MachineCpuid {
+    /// Makes `supported` (KVM_GET_SUPPORTED_CPUID) that of a machine with one socket of `vcpus` cores with
+    /// one thread each.
+    pub fn new(supported: &CpuId, vcpus: u8, tsc_deadline: bool) -> Self {
+        let mut entries = supported.as_slice().to_vec();
+        let max_basic = entries
+            .iter()
+            .find(|e| e.function == 0)
+            .map_or(0, |e| e.eax);
+        entries.retain(|entry| !LEAVES_REMOVED.contains(&entry.function));
+        entries.retain(|entry| !matches!(entry.function, 0xb | 0x1f));
+        for entry in &mut entries {
+            normalise(entry, vcpus, tsc_deadline);
+        }
+        for leaf in [0xb, 0x1f] {
+            if leaf <= max_basic {
+                entries.extend(topology(leaf, vcpus));
+            }
+        }
+        Self { entries }
+    }
+
+    /// Bits of a guest-physical address (leaf 0x8000_0008; 36 where there is none).
+    pub fn physical_address_bits(&self) -> u8 {
+        let leaf = self.entries.iter().find(|e| e.function == 0x8000_0008);
+        leaf.map_or(36, |entry| entry.eax as u8)
+    }
+
+    /// What the vCPU with this APIC id reads.
+    ///
+    /// # Errors
+    /// When KVM offered more entries than it takes.
+    pub fn of_vcpu(&self, id: u8) -> Result<CpuId, Error> {
+        let mut entries = self.entries.clone();
+        for entry in &mut entries {
+            match entry.function {
+                0x1 => entry.ebx = (entry.ebx & 0x00ff_ffff) | u32::from(id) << 24,
+                0xb | 0x1f => entry.edx = u32::from(id),
+                0x8000_001e => {
+                    entry.eax = u32::from(id);
+                    // Core id, and one thread a core.
+                    entry.ebx = u32::from(id);
+                    // Node 0 of one.
+                    entry.ecx = 0;
+                }
+                _ => {}
+            }
+        }
+        CpuId::from_entries(&entries).map_err(|_| Error::TooManyEntries("CPUID"))
+    }
+}
+
+fn normalise(entry: &mut kvm_cpuid_entry2, vcpus: u8, tsc_deadline: bool) {
+    let count = u32::from(vcpus);
+    let last = count.saturating_sub(1);
+    match entry.function {
+        0x1 => {
+            entry.ebx = (entry.ebx & 0xff00_ffff) | count << 16;
+            entry.ecx &= !(LEAF_1_ECX_REMOVED | LEAF_1_ECX_TSC_DEADLINE);
+            entry.ecx |= LEAF_1_ECX_HYPERVISOR;
+            if tsc_deadline {
+                entry.ecx |= LEAF_1_ECX_TSC_DEADLINE;
+            }
+            entry.edx &= !(LEAF_1_EDX_REMOVED | LEAF_1_EDX_HTT);
+            if vcpus > 1 {
+                entry.edx |= LEAF_1_EDX_HTT;
+            }
+        }
+        // Caches: EAX 7..5 is the level, 25..14 how many threads share it, 31..26 (Intel) how many
+        // cores there are. The third level is shared by all, the others by nobody.
+        0x4 | 0x8000_001d if entry.eax & 0x1f != 0 => {
+            let level = entry.eax >> 5 & 0x7;
+            let sharing = if level >= 3 { last } else { 0 };
+            let cores = if entry.function == 0x4 { last } else { 0 };
+            entry.eax = entry.eax & 0x3fff | sharing << 14 | cores << 26;
+        }
+        leaf if LEAVES_ZEROED.contains(&leaf) => {
+            (entry.eax, entry.ebx, entry.ecx, entry.edx) = (0, 0, 0, 0);
+        }
+        0x6 => {
+            entry.eax &= LEAF_6_EAX_KEPT;
+            (entry.ebx, entry.ecx, entry.edx) = (0, 0, 0);
+        }
+        0x7 if entry.index == 0 => {
+            entry.ebx &= !LEAF_7_EBX_REMOVED;
+            entry.ecx &= !LEAF_7_ECX_REMOVED;
+            entry.edx &= !LEAF_7_EDX_REMOVED;
+        }
+        0x8000_0001 => {
+            entry.ecx &= !(EXTENDED_ECX_REMOVED | EXTENDED_ECX_CMP_LEGACY);
+            if vcpus > 1 && entry.edx != 0 {
+                entry.ecx |= EXTENDED_ECX_CMP_LEGACY;
+            }
+        }
+        // ECX 7..0: cores - 1; 15..12: bits of an APIC id that name the core.
+        0x8000_0008 => entry.ecx = last | id_bits(vcpus) << 12,
+        _ => {}
+    }
+}
+
+/// How many bits number `vcpus` things.
+fn id_bits(vcpus: u8) -> u32 {
+    u32::from(vcpus).next_power_of_two().trailing_zeros()
+}
+
+/// Leaf 0xb or 0x1f: one thread a core, `vcpus` cores a socket, and the end of the list.
+fn topology(leaf: u32, vcpus: u8) -> [kvm_cpuid_entry2; 3] {
+    let level = |index: u32, shift: u32, count: u32, kind: u32| kvm_cpuid_entry2 {
+        function: leaf,
+        index,
+        flags: KVM_CPUID_FLAG_SIGNIFCANT_INDEX,
+        eax: shift,
+        ebx: count,
+        ecx: index | kind << 8,
+        ..Default::default()
+    };
+    [
+        level(0, 0, 1, 1),
+        level(1, id_bits(vcpus), u32::from(vcpus), 2),
+        level(2, 0, 0, 0),
+    ]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn host(leaves: &[(u32, u32, [u32; 4])]) -> CpuId {
+        let entries: Vec<_> = leaves
+            .iter()
+            .map(|(function, index, [eax, ebx, ecx, edx])| kvm_cpuid_entry2 {
+                function: *function,
+                index: *index,
+                eax: *eax,
+                ebx: *ebx,
+                ecx: *ecx,
+                edx: *edx,
+                ..Default::default()
+            })
+            .collect();
+        CpuId::from_entries(&entries).unwrap()
+    }
+
+    fn read(cpuid: &CpuId, function: u32, index: u32) -> [u32; 4] {
+        let mut found = cpuid
+            .as_slice()
+            .iter()
+            .filter(|e| e.function == function && e.index == index);
+        let entry = found.next().expect("the leaf");
+        assert!(found.next().is_none(), "leaf {function:#x} twice");
+        [entry.eax, entry.ebx, entry.ecx, entry.edx]
+    }
+
+    const ALL: [u32; 4] = [u32::MAX; 4];
+
+    #[test]
+    fn topology_is_ours() {
+        let host = host(&[
+            (0, 0, [0x1f, 0, 0, 0]),
+            (1, 0, ALL),
+            (4, 0, [0xfc00_4121, 1, 2, 3]),
+            (4, 3, [0xfc03_c163, 1, 2, 3]),
+            (0xb, 0, ALL),
+            (0xb, 1, ALL),
+            (0x1f, 0, ALL),
+            (0x1f, 5, ALL),
+            (0x8000_0001, 0, ALL),
+            (0x8000_0008, 0, [0x3030, 0, u32::MAX, 0]),
+            (0x8000_001d, 3, [0x1_c163, 0, 0, 0]),
+            (0x8000_001e, 0, ALL),
+        ]);
+        let machine = MachineCpuid::new(&host, 5, true);
+        assert_eq!(machine.physical_address_bits(), 48);
+        let vcpu = machine.of_vcpu(3).unwrap();
+        assert_eq!(read(&vcpu, 1, 0)[1] >> 16, 0x0305);
+        assert_eq!(read(&vcpu, 4, 0)[0], 0x1000_0121);
+        assert_eq!(read(&vcpu, 4, 3)[0], 4 << 26 | 4 << 14 | 0x163);
+        assert_eq!(read(&vcpu, 0xb, 0), [0, 1, 0x100, 3]);
+        assert_eq!(read(&vcpu, 0x1f, 1), [3, 5, 0x201, 3]);
+        assert_eq!(read(&vcpu, 0x1f, 2), [0, 0, 2, 3]);
+        assert_eq!(read(&vcpu, 0x8000_0008, 0)[2], 4 | 3 << 12);
+        assert_eq!(read(&vcpu, 0x8000_001d, 3)[0], 4 << 14 | 0x163);
+        assert_eq!(read(&vcpu, 0x8000_001e, 0)[..3], [3, 3, 0]);
+        let alone = MachineCpuid::new(&host, 1, true).of_vcpu(0).unwrap();
+        assert_eq!(read(&alone, 1, 0)[3] & LEAF_1_EDX_HTT, 0);
+        assert_eq!(read(&alone, 0xb, 1), [0, 1, 0x201, 0]);
+    }
+
+    #[test]
+    fn removes_what_cannot_be_honoured() {
+        let host = host(&[
+            (0, 0, [0x1f, 0, 0, 0]),
+            (1, 0, ALL),
+            (5, 0, ALL),
+            (6, 0, ALL),
+            (7, 0, ALL),
+            (0xa, 0, ALL),
+            (0x12, 0, ALL),
+            (0x8000_0001, 0, ALL),
+            (0x8000_000a, 0, ALL),
+        ]);
+        let vcpu = MachineCpuid::new(&host, 1, false).of_vcpu(0).unwrap();
+        let [_, _, ecx, _] = read(&vcpu, 1, 0);
+        assert_eq!(ecx & (1 << 3 | 1 << 5), 0, "MONITOR, VMX");
+        assert_eq!(ecx & LEAF_1_ECX_TSC_DEADLINE, 0);
+        assert_ne!(ecx & LEAF_1_ECX_HYPERVISOR, 0);
+        assert_eq!(read(&vcpu, 5, 0), [0; 4]);
+        assert_eq!(read(&vcpu, 0xa, 0), [0; 4]);
+        assert_eq!(read(&vcpu, 6, 0), [4, 0, 0, 0]);
+        assert_eq!(read(&vcpu, 7, 0)[1] & 1 << 2, 0, "SGX");
+        assert_eq!(read(&vcpu, 0x8000_0001, 0)[2] & 1 << 2, 0, "SVM");
+        for entry in vcpu.as_slice() {
+            assert!(!LEAVES_REMOVED.contains(&entry.function));
+        }
+    }
+}

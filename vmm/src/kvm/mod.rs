@@ -1,0 +1,65 @@
+//! KVM: the only module that knows its ioctls.
+//!
+//! The order of set-up, which [`crate::machine`] follows (it saves milliseconds, and the interface
+//! wants some of it): [`Vm::new`] first of all, every memslot, the interrupt controllers, vCPUs,
+//! one table of interrupt routes, and ioeventfds last.
+#![allow(unsafe_code)] // Memslots, unions of `kvm_run` and a signal handler have no safe form.
+
+pub mod cpuid;
+mod irq;
+mod kick;
+pub mod msr;
+mod registers;
+mod vcpu;
+mod vm;
+
+use thiserror::Error;
+
+pub use kick::{install_kick_handler, kick_signal};
+pub use vcpu::{Access, Exit, Vcpu};
+pub use vm::Vm;
+
+/// Why KVM could not do something.
+#[derive(Debug, Error)]
+pub enum Error {
+    /// An ioctl failed.
+    #[error("KVM: cannot {action}: {source}")]
+    Ioctl {
+        /// What was being done.
+        action: &'static str,
+        /// What the kernel said.
+        source: std::io::Error,
+    },
+    /// The kernel speaks another version of the interface.
+    #[error("KVM: the kernel offers API version {0}, only 12 is known: is this /dev/kvm?")]
+    ApiVersion(i32),
+    /// The host runs fewer vCPUs in a machine.
+    #[error("KVM: {wanted} vCPUs are configured, this host allows {allowed}: use fewer")]
+    TooManyVcpus {
+        /// How many are configured.
+        wanted: u8,
+        /// How many there can be.
+        allowed: usize,
+    },
+    /// The memory does not fit the guest's physical address space.
+    #[error(
+        "KVM: the guest's memory ends at {end:#x}, this host's guests have {bits} address bits: use less memory"
+    )]
+    AddressSpace {
+        /// First address beyond the memory.
+        end: u64,
+        /// Physical address bits.
+        bits: u8,
+    },
+    /// A list for KVM is longer than it can be.
+    #[error("KVM: too many entries in the {0} table")]
+    TooManyEntries(&'static str),
+}
+
+/// Turns an error of the ioctl crate into ours; `action` completes "cannot …".
+fn failed(action: &'static str) -> impl FnOnce(vmm_sys_util::errno::Error) -> Error {
+    move |error| Error::Ioctl {
+        action,
+        source: error.into(),
+    }
+}

@@ -1,0 +1,183 @@
+//! The virtual machine as KVM has it.
+
+use std::fs::File;
+use std::os::fd::IntoRawFd;
+
+use kvm_bindings::{CpuId, kvm_pit_config, kvm_userspace_memory_region};
+use kvm_ioctls::{Cap, IoEventAddress, Kvm, VmFd};
+use vm_memory::{Address, GuestMemoryBackend as _, GuestMemoryRegion};
+use vmm_sys_util::eventfd::EventFd;
+
+use super::vcpu::Vcpu;
+use super::{Error, failed, irq};
+use crate::memory::{GuestMemory, layout};
+
+/// The version of the interface since Linux 2.6.22.
+const API_VERSION: i32 = 12;
+
+/// A virtual machine.
+pub struct Vm {
+    kvm: Kvm,
+    fd: VmFd,
+    /// What the memslots point to: mapped as long as the machine can touch it.
+    memory: Option<GuestMemory>,
+}
+
+impl Vm {
+    /// Creates a machine without memory, interrupt controllers or vCPUs (KVM_CREATE_VM). To be called
+    /// before much is mapped: its cost grows with the number of mappings.
+    ///
+    /// # Errors
+    /// When `device` is not `/dev/kvm`, or the kernel refuses.
+    pub fn new(device: File) -> Result<Self, Error> {
+        use std::os::fd::FromRawFd;
+        // SAFETY: the descriptor comes out of an owned File and is owned by nobody else. Whether
+        // it is KVM's is what the next call finds out.
+        let kvm = unsafe { Kvm::from_raw_fd(device.into_raw_fd()) };
+        let version = kvm.get_api_version();
+        if version != API_VERSION {
+            return Err(Error::ApiVersion(version));
+        }
+        let fd = loop {
+            match kvm.create_vm() {
+                Ok(fd) => break fd,
+                // A signal while the kernel waits for a lock of its own: try again (KVM API 4.2).
+                Err(error) if error.errno() == libc::EINTR => {}
+                Err(error) => return Err(failed("create a machine")(error)),
+            }
+        };
+        Ok(Self {
+            kvm,
+            fd,
+            memory: None,
+        })
+    }
+
+    /// What the host's CPUs and KVM offer to guests (KVM_GET_SUPPORTED_CPUID).
+    ///
+    /// # Errors
+    /// When the kernel refuses.
+    pub fn supported_cpuid(&self) -> Result<CpuId, Error> {
+        self.kvm
+            .get_supported_cpuid(kvm_bindings::KVM_MAX_CPUID_ENTRIES)
+            .map_err(failed("read the supported CPUID"))
+    }
+
+    /// Whether the local APIC's timer has a TSC-deadline mode (not in the supported CPUID).
+    pub fn has_tsc_deadline(&self) -> bool {
+        self.fd.check_extension(Cap::TscDeadlineTimer)
+    }
+
+    /// Makes `memory` the guest's memory, one memslot a region.
+    ///
+    /// # Errors
+    /// When a guest with so many physical address bits does not reach all of it, or the kernel
+    /// refuses a memslot.
+    pub fn set_memory(&mut self, memory: &GuestMemory, bits: u8) -> Result<(), Error> {
+        let last = memory.last_addr().raw_value();
+        if last.checked_shr(bits.into()).unwrap_or(0) != 0 {
+            let end = last.saturating_add(1);
+            return Err(Error::AddressSpace { end, bits });
+        }
+        // Kept from here on, so that it outlives the memslots.
+        self.memory = Some(memory.clone());
+        for (slot, region) in (0..).zip(memory.iter()) {
+            let slot = kvm_userspace_memory_region {
+                slot,
+                guest_phys_addr: region.start_addr().raw_value(),
+                memory_size: region.len(),
+                userspace_addr: region.as_ptr() as u64,
+                flags: 0,
+            };
+            // SAFETY: the region is mapped with this length and stays so as long as `self.memory`,
+            // which lives as long as the machine; regions of a GuestMemory do not overlap.
+            unsafe { self.fd.set_user_memory_region(slot) }
+                .map_err(failed("give the guest so much memory (`mem_size_mib`)"))?;
+        }
+        Ok(())
+    }
+
+    /// Creates the local APICs' and the I/O APIC's model, and an i8254 with `pit`.
+    ///
+    /// # Errors
+    /// When the kernel refuses.
+    pub fn create_irqchip(&self, pit: bool) -> Result<(), Error> {
+        // Intel without unrestricted guest needs pages in the guest's address space for real mode.
+        self.fd
+            .set_identity_map_address(layout::KVM_IDENTITY_MAP)
+            .map_err(failed("place the identity map"))?;
+        let tss = usize::try_from(layout::KVM_TSS).map_err(|_| Error::TooManyEntries("TSS"))?;
+        self.fd
+            .set_tss_address(tss)
+            .map_err(failed("place the TSS"))?;
+        self.fd
+            .create_irq_chip()
+            .map_err(failed("create the interrupt controllers"))?;
+        if pit {
+            self.fd
+                .create_pit2(kvm_pit_config::default())
+                .map_err(failed("create the i8254 timer"))?;
+        }
+        Ok(())
+    }
+
+    /// Creates vCPUs 0 to `count` - 1, whose APIC ids are the same numbers.
+    ///
+    /// # Errors
+    /// When the host allows fewer, or the kernel refuses.
+    pub fn create_vcpus(&self, count: u8) -> Result<Vec<Vcpu>, Error> {
+        let allowed = self.kvm.get_max_vcpus();
+        if usize::from(count) > allowed {
+            return Err(Error::TooManyVcpus {
+                wanted: count,
+                allowed,
+            });
+        }
+        // The answer is the set of registers that can be stored; general ones are bit 0.
+        let sync_registers = self.fd.check_extension_int(Cap::SyncRegs) & 1 != 0;
+        (0..count)
+            .map(|id| {
+                let fd = self.fd.create_vcpu(u64::from(id));
+                let fd = fd.map_err(failed("create a vCPU"))?;
+                Ok(Vcpu::new(id, fd, sync_registers))
+            })
+            .collect()
+    }
+
+    /// Sets the table of interrupt routes, once: every pin of the I/O APIC under its own number.
+    /// With `pic`, the first 16 also reach the i8259 pair.
+    ///
+    /// # Errors
+    /// When the kernel refuses.
+    pub fn set_gsi_routing(&self, pic: bool) -> Result<(), Error> {
+        self.fd
+            .set_gsi_routing(&irq::routes(pic)?)
+            .map_err(failed("set the interrupt routes"))
+    }
+
+    /// Makes a write to `irq` an edge on interrupt pin `gsi` (KVM_IRQFD).
+    ///
+    /// # Errors
+    /// When the kernel refuses.
+    pub fn register_irqfd(&self, irq: &EventFd, gsi: u32) -> Result<(), Error> {
+        self.fd
+            .register_irqfd(irq, gsi)
+            .map_err(failed("bind an interrupt"))
+    }
+
+    /// Makes a 32-bit write of `value` to `address` a write to `event` (KVM_IOEVENTFD), with no exit to
+    /// user space. To be called after everything else: it makes later memslot changes slow.
+    ///
+    /// # Errors
+    /// When the kernel refuses.
+    pub fn register_ioeventfd(
+        &self,
+        event: &EventFd,
+        address: u64,
+        value: u32,
+    ) -> Result<(), Error> {
+        self.fd
+            .register_ioevent(event, &IoEventAddress::Mmio(address), value)
+            .map_err(failed("bind a doorbell"))
+    }
+}

@@ -1,0 +1,57 @@
+//! The Casemate virtual machine monitor: one process, one microVM.
+//!
+//! Dependencies point one way:
+//! `main → control → machine → {virtio, boot} → {bus, event_loop, memory} → kvm`.
+//! A device imports neither `kvm` nor a transport.
+
+pub mod arguments;
+pub mod boot;
+pub mod bus;
+pub mod config;
+pub mod control;
+pub mod devices;
+pub mod ending;
+pub mod event_loop;
+pub mod kvm;
+pub mod lockdown;
+pub mod logging;
+pub mod machine;
+pub mod memory;
+pub mod resources;
+#[cfg(test)]
+mod testing;
+pub mod vcpu;
+pub mod virtio;
+
+use thiserror::Error;
+
+/// Why nothing was started.
+#[derive(Debug, Error)]
+pub enum Error {
+    /// The command line.
+    #[error(transparent)]
+    Arguments(#[from] arguments::Error),
+    /// The jailer's table.
+    #[error("--handover-fd: {0}")]
+    Handover(#[from] casemate_broker::HandoverError),
+    /// The log.
+    #[error("--log-path {path:?}: {source}")]
+    Log {
+        /// Where it should have gone.
+        path: String,
+        /// Why it cannot.
+        source: std::io::Error,
+    },
+    /// The config, or what it names.
+    #[error(transparent)]
+    Resources(#[from] resources::Error),
+    /// The machine.
+    #[error(transparent)]
+    Machine(#[from] machine::Error),
+    /// The control thread's descriptors.
+    #[error(transparent)]
+    Control(#[from] control::Error),
+    /// A wall.
+    #[error(transparent)]
+    Lockdown(#[from] lockdown::Error),
+}

@@ -1,0 +1,446 @@
+//! A machine, from its config to threads that run it. [`build`] is the order of set-up.
+
+use std::fs::File;
+use std::io;
+use std::sync::Arc;
+use std::sync::mpsc::{Sender, channel};
+use std::thread::Builder;
+
+use log::{info, warn};
+use thiserror::Error;
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+
+use crate::boot::{self, GedInfo, MachineDescription, MmioDeviceInfo};
+use crate::bus::{self, Bus};
+use crate::config::{CacheType, Config};
+use crate::devices::{AcpiRegisters, I8042, SerialPort, acpi, i8042, serial};
+use crate::ending::{End, EndSignal};
+use crate::event_loop;
+use crate::kvm::cpuid::MachineCpuid;
+use crate::kvm::{self, Vcpu, Vm};
+use crate::lockdown::{self, Role, Stage};
+use crate::memory::{self, GuestMemory, layout};
+use crate::resources::{Resources, VsockSockets};
+use crate::vcpu::{self, Buses, VcpuThread};
+use crate::virtio::transport::mmio::{self, MmioTransport, QUEUE_NOTIFY};
+use crate::virtio::{
+    self, Block, BlockOptions, DeviceWorker, Entropy, Net, NetOptions, VirtioDevice, Vsock,
+    VsockOptions, block, net, vsock,
+};
+
+/// Why a machine was not started.
+#[derive(Debug, Error)]
+pub enum Error {
+    /// KVM refused something.
+    #[error(transparent)]
+    Kvm(#[from] kvm::Error),
+    /// There is not that much memory.
+    #[error(transparent)]
+    Memory(#[from] memory::Error),
+    /// The kernel, the initrd or the command line cannot be booted.
+    #[error("cannot boot kernel {path:?}: {source}")]
+    Boot {
+        /// The kernel, as the config names it.
+        path: String,
+        /// Why.
+        source: boot::Error,
+    },
+    /// Two devices claim one address.
+    #[error("put the devices on the bus: {0}")]
+    Bus(#[from] bus::Error),
+    /// A drive cannot be used.
+    #[error(transparent)]
+    Block(#[from] block::Error),
+    /// A network card cannot be used.
+    #[error("network interface {id:?}: {source}")]
+    Net {
+        /// Its id.
+        id: String,
+        /// Why.
+        source: net::Error,
+    },
+    /// The socket device cannot be used.
+    #[error(transparent)]
+    Vsock(#[from] vsock::Error),
+    /// A virtio-mmio window could not be made.
+    #[error(transparent)]
+    Transport(#[from] mmio::Error),
+    /// The device thread's event loop could not be made.
+    #[error("device thread: {0}")]
+    EventLoop(#[from] event_loop::Error),
+    /// A vCPU thread could not be started.
+    #[error(transparent)]
+    Vcpu(#[from] vcpu::Error),
+    /// A thread could not be sealed.
+    #[error(transparent)]
+    Lockdown(#[from] lockdown::Error),
+    /// The host has no eventfd or thread for us.
+    #[error("cannot {what}: {source}")]
+    Host {
+        /// What was being done.
+        what: &'static str,
+        /// What the host said.
+        source: io::Error,
+    },
+    /// There is no window for a device. Configs are checked for it before.
+    #[error("no interrupt pin is left for a virtio device: remove some")]
+    NoWindow,
+}
+
+fn host(what: &'static str) -> impl Fn(io::Error) -> Error {
+    move |source| Error::Host { what, source }
+}
+
+/// A machine whose guest has not run yet.
+pub struct Machine {
+    vm: Vm,
+    vcpus: Vec<Vcpu>,
+    buses: Arc<Buses>,
+    worker: Option<DeviceWorker>,
+    panel: Panel,
+}
+
+/// What the control thread has in its hands.
+pub struct Panel {
+    /// The console.
+    pub serial: Arc<SerialPort>,
+    /// The power button.
+    pub acpi: Arc<AcpiRegisters>,
+    /// Where the machine's end is announced.
+    pub ends: Arc<EndSignal>,
+}
+
+/// A machine with its threads, sealed and paused.
+pub struct RunningMachine {
+    /// What the control thread has in its hands.
+    pub panel: Panel,
+    vcpus: Vec<VcpuThread>,
+    /// The memslots stay valid as long as this does.
+    _vm: Vm,
+}
+
+/// A virtio-mmio window.
+struct Window {
+    info: MmioDeviceInfo,
+    irq: EventFd,
+    transport: Arc<MmioTransport>,
+}
+
+/// Builds the machine of `config`.
+///
+/// # Errors
+/// See [`Error`]; nothing has run then.
+pub fn build(config: &Config, resources: Resources) -> Result<Machine, Error> {
+    let Resources {
+        kvm,
+        kernel,
+        initrd,
+        drives,
+        taps,
+        vsock,
+    } = resources;
+    let vcpu_count = config.machine_config.vcpu_count;
+    let pit = config.machine_config.pit;
+
+    // First of all, while little is mapped; and memory before anything sits on KVM's buses.
+    let mut vm = Vm::new(kvm)?;
+    let cpuid = MachineCpuid::new(&vm.supported_cpuid()?, vcpu_count, vm.has_tsc_deadline());
+    let memory = memory::allocate(config.memory_size())?;
+    vm.set_memory(&memory, cpuid.physical_address_bits())?;
+    vm.create_irqchip(pit)?;
+
+    let vcpus = vm.create_vcpus(vcpu_count)?;
+    for vcpu in &vcpus {
+        vcpu.set_features(&cpuid.of_vcpu(vcpu.id())?)?;
+    }
+    vm.set_gsi_routing(pit)?;
+
+    let ends = Arc::new(EndSignal::new().map_err(host("make an eventfd"))?);
+    let panel = Panel {
+        serial: Arc::new(SerialPort::new().map_err(host("make the serial port"))?),
+        acpi: Arc::new(AcpiRegisters::new(Arc::clone(&ends)).map_err(host("make an eventfd"))?),
+        ends,
+    };
+    let devices = virtio_devices(config, drives, taps, vsock)?;
+    let windows = windows(devices, &memory)?;
+
+    let description = describe(vcpu_count, pit, &windows);
+    let boot_args = command_line(config);
+    let protocol = config.boot_source.protocol;
+    let entry = boot::load(
+        &memory,
+        &kernel,
+        initrd.as_ref(),
+        &boot_args,
+        protocol,
+        &description,
+    )
+    .map_err(|source| Error::Boot {
+        path: config.boot_source.kernel_image_path.clone(),
+        source,
+    })?;
+    info!(
+        "kernel: {:?} at {:#x}, KASLR {:?}",
+        entry.protocol, entry.rip, entry.kaslr
+    );
+    if let Some(first) = vcpus.first() {
+        first.set_entry(&entry)?;
+    }
+
+    let buses = Arc::new(buses(&panel, &windows)?);
+    vm.register_irqfd(panel.serial.interrupt(), layout::COM1_GSI)?;
+    vm.register_irqfd(panel.acpi.interrupt(), layout::GED_GSI)?;
+    for window in &windows {
+        vm.register_irqfd(&window.irq, window.info.gsi)?;
+    }
+    // Last: from the first one on, changing a memslot waits for milliseconds.
+    for window in &windows {
+        let address = window.info.base.saturating_add(QUEUE_NOTIFY);
+        for (queue, notifier) in (0..).zip(window.transport.queue_notifiers()) {
+            vm.register_ioeventfd(notifier, address, queue)?;
+        }
+    }
+    Ok(Machine {
+        vm,
+        vcpus,
+        buses,
+        worker: worker(windows)?,
+        panel,
+    })
+}
+
+/// The virtio devices in the order of their windows.
+fn virtio_devices(
+    config: &Config,
+    drives: Vec<File>,
+    taps: Vec<File>,
+    vsock: Option<VsockSockets>,
+) -> Result<Vec<Box<dyn VirtioDevice>>, Error> {
+    let mut devices: Vec<Box<dyn VirtioDevice>> = Vec::with_capacity(config.device_count());
+    for (drive, file) in config.drives_in_order().zip(drives) {
+        devices.push(Box::new(Block::new(BlockOptions {
+            id: drive.drive_id.clone(),
+            file,
+            read_only: drive.is_read_only,
+            cache: match drive.cache_type {
+                CacheType::Unsafe => virtio::CacheType::Unsafe,
+                CacheType::Writeback => virtio::CacheType::Writeback,
+            },
+        })?));
+    }
+    for (network, tap) in config.network_interfaces.iter().zip(taps) {
+        let options = NetOptions {
+            tap,
+            mac: network.guest_mac.map(|mac| mac.0),
+            mtu: network.mtu,
+        };
+        let net = Net::new(options).map_err(|source| Error::Net {
+            id: network.iface_id.clone(),
+            source,
+        })?;
+        devices.push(Box::new(net));
+    }
+    if let (Some(config), Some(sockets)) = (&config.vsock, vsock) {
+        devices.push(Box::new(Vsock::new(VsockOptions {
+            guest_cid: config.guest_cid,
+            uds_path: config.uds_path.clone(),
+            listener: sockets.listener,
+            broker: sockets.broker,
+        })?));
+    }
+    if config.entropy.is_some() {
+        devices.push(Box::new(Entropy::new()));
+    }
+    Ok(devices)
+}
+
+/// Gives each device a window and an interrupt pin.
+fn windows(
+    devices: Vec<Box<dyn VirtioDevice>>,
+    memory: &GuestMemory,
+) -> Result<Vec<Window>, Error> {
+    let mut bases = (layout::VIRTIO_MMIO_START..layout::IOAPIC_START)
+        .step_by(usize::try_from(layout::VIRTIO_MMIO_SIZE).unwrap_or(usize::MAX));
+    let mut gsis = layout::VIRTIO_GSIS;
+    devices
+        .into_iter()
+        .map(|device| {
+            let (base, gsi) = bases.next().zip(gsis.next()).ok_or(Error::NoWindow)?;
+            let irq = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(host("make an eventfd"))?;
+            let device_irq = irq.try_clone().map_err(host("share an eventfd"))?;
+            Ok(Window {
+                info: MmioDeviceInfo {
+                    base,
+                    size: layout::VIRTIO_MMIO_SIZE,
+                    gsi,
+                },
+                irq,
+                transport: MmioTransport::new(device, memory.clone(), device_irq)?,
+            })
+        })
+        .collect()
+}
+
+/// What the ACPI tables say of the machine.
+fn describe(vcpus: u8, pit: bool, windows: &[Window]) -> MachineDescription {
+    MachineDescription {
+        vcpus,
+        mmio_devices: windows.iter().map(|window| window.info).collect(),
+        has_com1: true,
+        has_i8042: true,
+        ged: GedInfo {
+            gsi: layout::GED_GSI,
+            event_register: layout::ACPI_REGISTERS_START.saturating_add(acpi::EVENTS),
+        },
+        pit,
+    }
+}
+
+/// The configured command line and, with a root drive, where the root file system is: as
+/// Firecracker does it.
+fn command_line(config: &Config) -> String {
+    let args = config.boot_source.boot_args.as_deref().unwrap_or_default();
+    let Some(root) = config.drives.iter().find(|drive| drive.is_root_device) else {
+        return args.to_owned();
+    };
+    let device = match &root.partuuid {
+        Some(uuid) => format!("PARTUUID={uuid}"),
+        None => "/dev/vda".to_owned(),
+    };
+    let mode = if root.is_read_only { "ro" } else { "rw" };
+    let space = if args.is_empty() { "" } else { " " };
+    format!("{args}{space}root={device} {mode}")
+}
+
+fn buses(panel: &Panel, windows: &[Window]) -> Result<Buses, Error> {
+    let mut ports = Bus::new();
+    let i8042 = Arc::new(I8042::new(Arc::clone(&panel.ends)));
+    ports.insert(
+        layout::COM1_PORT.into(),
+        serial::WINDOW,
+        panel.serial.clone(),
+    )?;
+    ports.insert(layout::I8042_PORT.into(), i8042::WINDOW, i8042)?;
+    let mut mmio = Bus::new();
+    mmio.insert(
+        layout::ACPI_REGISTERS_START,
+        layout::ACPI_REGISTERS_SIZE,
+        panel.acpi.clone(),
+    )?;
+    for Window {
+        info, transport, ..
+    } in windows
+    {
+        mmio.insert(info.base, info.size, transport.clone())?;
+    }
+    Ok(Buses { ports, mmio })
+}
+
+/// What the device thread runs; none without devices.
+fn worker(windows: Vec<Window>) -> Result<Option<DeviceWorker>, Error> {
+    if windows.is_empty() {
+        return Ok(None);
+    }
+    let mut worker = DeviceWorker::new()?;
+    for window in windows {
+        worker.add(window.transport)?;
+    }
+    Ok(Some(worker))
+}
+
+impl Machine {
+    /// Starts every thread, seals each of them and this one, and returns with the vCPUs paused:
+    /// nothing of the guest has run.
+    ///
+    /// # Errors
+    /// When the host gives no thread, or one of them could not be sealed.
+    pub fn start(self) -> Result<RunningMachine, Error> {
+        kvm::install_kick_handler()?;
+        let ends = &self.panel.ends;
+        let (sealed, results) = channel();
+        if let Some(worker) = self.worker {
+            let seal = seal(Role::Device, &sealed);
+            let ends = Arc::clone(ends);
+            let run = move || {
+                if seal().is_ok() {
+                    worker.run();
+                    ends.announce(End::Failed("the device thread has ended".to_owned()));
+                }
+            };
+            let thread = Builder::new().name("device".to_owned()).spawn(run);
+            thread.map_err(host("start the device thread"))?;
+        }
+        let mut vcpus = Vec::with_capacity(self.vcpus.len());
+        for vcpu in self.vcpus {
+            let (buses, ends) = (Arc::clone(&self.buses), Arc::clone(ends));
+            vcpus.push(VcpuThread::start(
+                vcpu,
+                buses,
+                ends,
+                seal(Role::Vcpu, &sealed),
+            )?);
+        }
+        drop(sealed);
+        // The barrier: the channel closes once every thread has said how its sealing went.
+        for result in results {
+            result?;
+        }
+        lockdown::enter(Role::Control, Stage::Sealed)?;
+        Ok(RunningMachine {
+            panel: self.panel,
+            vcpus,
+            _vm: self.vm,
+        })
+    }
+}
+
+/// Seals the thread that calls it and says how that went.
+fn seal(
+    role: Role,
+    results: &Sender<Result<(), lockdown::Error>>,
+) -> impl FnOnce() -> Result<(), ()> + Send + use<> {
+    let results = results.clone();
+    move || {
+        let result = lockdown::enter(role, Stage::Sealed);
+        let sealed = if result.is_ok() { Ok(()) } else { Err(()) };
+        if results.send(result).is_err() {
+            warn!("nobody waits for this thread any more");
+        }
+        sealed
+    }
+}
+
+impl RunningMachine {
+    /// Lets the guest run.
+    pub fn resume(&self) {
+        self.vcpus.iter().for_each(VcpuThread::resume);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn line(drives: &str) -> String {
+        let text = format!(
+            r#"{{"boot-source":{{"kernel_image_path":"/k","boot_args":"quiet"}},
+                "machine-config":{{"vcpu_count":1,"mem_size_mib":1}},"drives":[{drives}]}}"#
+        );
+        command_line(&Config::from_json(text.as_bytes()).unwrap())
+    }
+
+    #[test]
+    fn the_root_drive_is_named() {
+        assert_eq!(line(r#"{"drive_id":"a","path_on_host":"/a"}"#), "quiet");
+        assert_eq!(
+            line(r#"{"drive_id":"a","path_on_host":"/a","is_root_device":true}"#),
+            "quiet root=/dev/vda rw"
+        );
+        assert_eq!(
+            line(
+                r#"{"drive_id":"a","path_on_host":"/a","is_root_device":true,"is_read_only":true,"partuuid":"0eaa91a0-01"}"#
+            ),
+            "quiet root=PARTUUID=0eaa91a0-01 ro"
+        );
+    }
+}

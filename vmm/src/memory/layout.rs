@@ -1,0 +1,75 @@
+//! The guest's physical address space and its interrupt pins, in one place.
+//!
+//! ```text
+//! 0x0000_0500  GDT, boot_params / start_info, page tables, command line   (boot only)
+//! 0x000a_0000  legacy hole; the ACPI tables lie in 0xe_0000..0x10_0000
+//! 0x0010_0000  RAM, up to 3 GiB
+//! 0xc000_0000  MMIO hole: ACPI registers, virtio-mmio windows, I/O APIC, local APICs
+//! 0x1_0000_0000 RAM beyond 3 GiB
+//! ```
+
+use std::ops::RangeInclusive;
+
+/// Global descriptor table used at the guest's first instruction (six entries, 0x30 bytes).
+pub const GDT_START: u64 = 0x500;
+/// Interrupt descriptor table at the first instruction (empty).
+pub const IDT_START: u64 = 0x540;
+/// PVH: `hvm_start_info`, its module list and memory map follow it.
+pub const PVH_INFO_START: u64 = 0x6000;
+/// Linux 64-bit protocol: `boot_params` (the zero page).
+pub const ZERO_PAGE_START: u64 = 0x7000;
+/// Stack pointer at the first instruction.
+pub const BOOT_STACK_POINTER: u64 = 0x8ff0;
+/// Identity page tables: PML4, then PDPT, then four page directories (4 GiB mapped by 2 MiB pages).
+pub const PML4_START: u64 = 0x9000;
+/// See [`PML4_START`].
+pub const PDPTE_START: u64 = 0xa000;
+/// See [`PML4_START`]; four pages.
+pub const PDE_START: u64 = 0xb000;
+/// The kernel command line.
+pub const CMDLINE_START: u64 = 0x20000;
+/// Largest command line in bytes, its NUL included (Linux on x86: COMMAND_LINE_SIZE).
+pub const CMDLINE_MAX_SIZE: usize = 2048;
+/// End of usable low memory (start of the legacy hole).
+pub const LOW_MEMORY_END: u64 = 0x9fc00;
+/// ACPI tables, RSDP first; guests without EFI look for it here too.
+pub const ACPI_TABLES_START: u64 = 0xe0000;
+/// End of the area for ACPI tables.
+pub const ACPI_TABLES_END: u64 = RESET_VECTOR;
+/// Where a guest that restarts the old way jumps to, in real mode; reserved up to 1 MiB.
+pub const RESET_VECTOR: u64 = 0xffff0;
+/// Memory that a kernel is loaded to starts here.
+pub const HIGH_MEMORY_START: u64 = 0x100000;
+/// First address of the hole below 4 GiB that holds no RAM.
+pub const MMIO_HOLE_START: u64 = 0xc000_0000;
+/// First address above the hole: RAM goes on here.
+pub const MMIO_HOLE_END: u64 = 0x1_0000_0000;
+/// Sleep, reset and event registers named by the FADT and by the generic event device.
+pub const ACPI_REGISTERS_START: u64 = MMIO_HOLE_START;
+/// Size of the page of ACPI registers.
+pub const ACPI_REGISTERS_SIZE: u64 = 0x1000;
+/// First virtio-mmio window; one every [`VIRTIO_MMIO_SIZE`] bytes.
+pub const VIRTIO_MMIO_START: u64 = MMIO_HOLE_START + 0x1000;
+/// Size of a virtio-mmio window.
+pub const VIRTIO_MMIO_SIZE: u64 = 0x1000;
+/// The in-kernel I/O APIC (24 pins).
+pub const IOAPIC_START: u64 = 0xfec0_0000;
+/// The local APICs.
+pub const LAPIC_START: u64 = 0xfee0_0000;
+/// Intel only: identity-map page and three TSS pages that KVM asks for, inside the hole.
+pub const KVM_IDENTITY_MAP: u64 = 0xfffb_c000;
+/// See [`KVM_IDENTITY_MAP`].
+pub const KVM_TSS: u64 = 0xfffb_d000;
+
+/// I/O port of the first serial port.
+pub const COM1_PORT: u16 = 0x3f8;
+/// Interrupt pin of the first serial port.
+pub const COM1_GSI: u32 = 4;
+/// I/O port of the i8042's data register; its command register is at +4.
+pub const I8042_PORT: u16 = 0x60;
+/// Interrupt pin of the i8042's keyboard.
+pub const I8042_GSI: u32 = 1;
+/// Interrupt pin of the generic event device.
+pub const GED_GSI: u32 = 5;
+/// Interrupt pins for virtio-mmio devices, one each: the rest of the I/O APIC's 24.
+pub const VIRTIO_GSIS: RangeInclusive<u32> = 6..=23;

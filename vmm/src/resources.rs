@@ -1,0 +1,442 @@
+//! Where the machine's files, taps and sockets come from.
+//!
+//! In a jail they were all opened by the jailer: they are taken from its hand-over by name, and what is
+//! not there is asked of the broker. Without a jail this process opens them itself, before its
+//! setup filter, which allows no opening.
+
+use std::fs::{File, OpenOptions};
+use std::io::{self, Read};
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::Path;
+use std::time::Duration;
+
+use casemate_broker::{
+    BrokerPolicy, Client, ClientError, ConnectTarget, Handover, HandoverError, Kind, Operation,
+    UnjailedError, spawn_unjailed,
+};
+use thiserror::Error;
+
+use crate::config::{self, Config};
+use crate::lockdown::{self, Role, Stage};
+
+mod tap;
+
+/// How long the broker may take for an answer during setup.
+const BROKER_PATIENCE: Duration = Duration::from_secs(5);
+
+/// Why something that the machine needs is not there.
+#[derive(Debug, Error)]
+pub enum Error {
+    /// It could not be opened.
+    #[error("{what} {name:?}: {source}{hint}")]
+    Open {
+        /// What it is for.
+        what: &'static str,
+        /// Its name in the config.
+        name: String,
+        /// What the host said.
+        source: io::Error,
+        /// What to do, where that is known.
+        hint: &'static str,
+    },
+    /// It is a directory, a pipe, a character device...
+    #[error("{what} {name:?} is {found}: it must be a regular file or a block device")]
+    NotAFile {
+        /// What it is for.
+        what: &'static str,
+        /// Its name in the config.
+        name: String,
+        /// What it is.
+        found: &'static str,
+    },
+    /// The jailer handed over none, or another kind.
+    #[error("{what}: {source}")]
+    Handover {
+        /// What it is for.
+        what: &'static str,
+        /// What is wrong.
+        source: HandoverError,
+    },
+    /// The broker gave none.
+    #[error("{what} {name:?}: {source}")]
+    Broker {
+        /// What it is for.
+        what: &'static str,
+        /// Its name in the config.
+        name: String,
+        /// Why.
+        source: ClientError,
+    },
+    /// No broker beside an unjailed VMM.
+    #[error(transparent)]
+    NoBroker(#[from] UnjailedError),
+    /// The config is refused.
+    #[error("machine config {name:?}: {source}")]
+    Config {
+        /// Where it was read from.
+        name: String,
+        /// Why.
+        source: config::Error,
+    },
+    /// The config is implausibly long.
+    #[error("machine config {name:?} has more than {max} bytes", max = config::MAX_FILE_SIZE)]
+    ConfigTooLong {
+        /// Where it was read from.
+        name: String,
+    },
+}
+
+/// What a machine is built from: everything open.
+pub struct Resources {
+    /// `/dev/kvm`.
+    pub kvm: File,
+    /// The kernel image.
+    pub kernel: File,
+    /// The initial RAM disk.
+    pub initrd: Option<File>,
+    /// One for each of [`Config::drives_in_order`].
+    pub drives: Vec<File>,
+    /// One for each of the config's network interfaces.
+    pub taps: Vec<File>,
+    /// The vsock device's.
+    pub vsock: Option<VsockSockets>,
+}
+
+/// What a vsock device works with.
+pub struct VsockSockets {
+    /// Host programs connect here.
+    pub listener: UnixListener,
+    /// Connects to host programs for the guest.
+    pub broker: Option<Client>,
+}
+
+/// Where everything comes from.
+pub enum Source {
+    /// This process opens it.
+    Direct,
+    /// The jailer has opened it.
+    Jailed(Jail),
+}
+
+/// What a jailed process has instead of a file system.
+pub struct Jail {
+    handover: Handover,
+    broker: Option<Client>,
+}
+
+impl Jail {
+    /// What the jailer handed over.
+    ///
+    /// # Errors
+    /// When the broker's descriptor is not one.
+    pub fn new(mut handover: Handover) -> Result<Self, Error> {
+        let named = handover.remaining().any(|(_, kind)| kind == Kind::Broker);
+        let socket = named.then(|| handover.take("broker", &[Kind::Broker]));
+        let socket = socket.transpose().map_err(|source| Error::Handover {
+            what: "broker",
+            source,
+        })?;
+        Ok(Self {
+            handover,
+            broker: socket.map(Client::new),
+        })
+    }
+
+    /// A descriptor from the hand-over.
+    fn take(&mut self, what: &'static str, name: &str, kind: Kind) -> Result<OwnedFd, Error> {
+        let taken = self.handover.take(name, &[kind]);
+        taken.map_err(|source| Error::Handover { what, source })
+    }
+
+    /// A file from the hand-over, or else from the broker.
+    fn file(&mut self, what: &'static str, name: &str, write: bool) -> Result<OwnedFd, Error> {
+        let kinds: &[Kind] = if write {
+            &[Kind::FileRw]
+        } else {
+            &[Kind::FileRo, Kind::FileRw]
+        };
+        match (self.handover.take(name, kinds), &mut self.broker) {
+            (Err(HandoverError::Missing(..)), Some(broker)) => {
+                let name = name.to_owned();
+                let op = Operation::Open {
+                    name: name.clone(),
+                    write,
+                };
+                let answer = broker.call(op, BROKER_PATIENCE);
+                answer.map_err(|source| Error::Broker { what, name, source })
+            }
+            (result, _) => result.map_err(|source| Error::Handover { what, source }),
+        }
+    }
+}
+
+impl Source {
+    /// Reads the machine config.
+    ///
+    /// # Errors
+    /// When it cannot be opened or is refused.
+    pub fn config(&mut self, name: &str) -> Result<Config, Error> {
+        let file = self.file("machine config", name, false)?;
+        let mut text = Vec::new();
+        file.take(config::MAX_FILE_SIZE.saturating_add(1))
+            .read_to_end(&mut text)
+            .map_err(|source| open("machine config", name, source))?;
+        if text.len() as u64 > config::MAX_FILE_SIZE {
+            let name = name.to_owned();
+            return Err(Error::ConfigTooLong { name });
+        }
+        Config::from_json(&text).map_err(|source| Error::Config {
+            name: name.to_owned(),
+            source,
+        })
+    }
+
+    /// Opens everything that `config` names.
+    ///
+    /// Without a jail this also forks the broker of a vsock device, so the process may have one
+    /// thread only.
+    ///
+    /// # Errors
+    /// See [`Error`]; the first thing that is not there.
+    pub fn open(mut self, config: &Config) -> Result<Resources, Error> {
+        // A broker that is forked here comes first, so that it holds nothing opened later.
+        let forked = match (&self, &config.vsock) {
+            (Self::Direct, Some(vsock)) => Some(fork_broker(&vsock.uds_path)?),
+            _ => None,
+        };
+        let boot = &config.boot_source;
+        let kvm = self.kvm()?;
+        let kernel = self.file("kernel", &boot.kernel_image_path, false)?;
+        let initrd = boot.initrd_path.as_ref();
+        let initrd = initrd.map(|path| self.file("initrd", path, false));
+        let initrd = initrd.transpose()?;
+        let drives = config.drives_in_order();
+        let drives = drives.map(|d| self.file("drive", &d.path_on_host, !d.is_read_only));
+        let drives = drives.collect::<Result<_, _>>()?;
+        let taps = config.network_interfaces.iter();
+        let taps = taps.map(|network| self.tap(&network.host_dev_name));
+        let taps = taps.collect::<Result<_, _>>()?;
+        // The listener last: without a jail it leaves a name behind.
+        let vsock = match &config.vsock {
+            Some(vsock) => Some(VsockSockets {
+                listener: self.listener(&vsock.uds_path)?,
+                // A broker's one user is the vsock device: all else has been opened.
+                broker: match self {
+                    Self::Direct => forked,
+                    Self::Jailed(jail) => jail.broker,
+                },
+            }),
+            None => None,
+        };
+        Ok(Resources {
+            kvm,
+            kernel,
+            initrd,
+            drives,
+            taps,
+            vsock,
+        })
+    }
+
+    fn kvm(&mut self) -> Result<File, Error> {
+        match self {
+            Self::Direct => open_device("/dev/kvm"),
+            Self::Jailed(jail) => jail.take("KVM", "kvm", Kind::Kvm).map(File::from),
+        }
+    }
+
+    fn file(&mut self, what: &'static str, name: &str, write: bool) -> Result<File, Error> {
+        let file = match self {
+            Self::Direct => open_file(what, name, write)?,
+            Self::Jailed(jail) => File::from(jail.file(what, name, write)?),
+        };
+        check_file(what, name, &file)?;
+        Ok(file)
+    }
+
+    fn tap(&mut self, name: &str) -> Result<File, Error> {
+        let what = "tap";
+        match self {
+            Self::Direct => tap::open(name).map_err(|source| Error::Open {
+                what,
+                name: name.to_owned(),
+                hint: match source.kind() {
+                    io::ErrorKind::NotFound => "; make it (`ip tuntap add NAME mode tap`)",
+                    _ => "; it must be a free tap that this user may use",
+                },
+                source,
+            }),
+            Self::Jailed(jail) => jail.take(what, name, Kind::Tap).map(File::from),
+        }
+    }
+
+    fn listener(&mut self, path: &str) -> Result<UnixListener, Error> {
+        let what = "vsock";
+        match self {
+            Self::Direct => listen(path).map_err(|source| Error::Open {
+                what,
+                name: path.to_owned(),
+                hint: match source.kind() {
+                    io::ErrorKind::AddrInUse => "; another machine or program uses it",
+                    _ => "",
+                },
+                source,
+            }),
+            Self::Jailed(jail) => jail
+                .take(what, path, Kind::Listener)
+                .map(UnixListener::from),
+        }
+    }
+}
+
+fn open(what: &'static str, name: &str, source: io::Error) -> Error {
+    Error::Open {
+        what,
+        name: name.to_owned(),
+        source,
+        hint: "",
+    }
+}
+
+fn open_device(path: &str) -> Result<File, Error> {
+    let file = OpenOptions::new().read(true).write(true).open(path);
+    file.map_err(|source| Error::Open {
+        what: "KVM device",
+        name: path.to_owned(),
+        hint: match source.kind() {
+            io::ErrorKind::PermissionDenied => {
+                "; run as root or add this user to the device's group (often `kvm`)"
+            }
+            io::ErrorKind::NotFound => {
+                "; load kvm_intel or kvm_amd, and enable virtualization in the firmware or outer hypervisor"
+            }
+            _ => "",
+        },
+        source,
+    })
+}
+
+fn open_file(what: &'static str, name: &str, write: bool) -> Result<File, Error> {
+    OpenOptions::new()
+        .read(true)
+        .write(write)
+        // A pipe or a terminal must neither hold us up nor become our terminal before it is refused.
+        .custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY)
+        .open(name)
+        .map_err(|source| match source.kind() {
+            io::ErrorKind::IsADirectory => Error::NotAFile {
+                what,
+                name: name.to_owned(),
+                found: "a directory",
+            },
+            _ => open(what, name, source),
+        })
+}
+
+fn check_file(what: &'static str, name: &str, file: &File) -> Result<(), Error> {
+    let metadata = file.metadata().map_err(|source| open(what, name, source))?;
+    let kind = metadata.file_type();
+    let found = match () {
+        () if kind.is_file() || kind.is_block_device() => return Ok(()),
+        () if kind.is_dir() => "a directory",
+        () if kind.is_fifo() => "a pipe",
+        () if kind.is_socket() => "a socket",
+        () => "a device",
+    };
+    Err(Error::NotAFile {
+        what,
+        name: name.to_owned(),
+        found,
+    })
+}
+
+/// Listens on `path`. A socket that a machine left there, and that nobody listens on, is replaced:
+/// an unjailed VMM cannot remove its own when it ends, for it is sealed.
+fn listen(path: &str) -> io::Result<UnixListener> {
+    match UnixListener::bind(path) {
+        Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
+            let is_socket = std::fs::symlink_metadata(path)?.file_type().is_socket();
+            let refused = UnixStream::connect(path)
+                .is_err_and(|error| error.kind() == io::ErrorKind::ConnectionRefused);
+            if !(is_socket && refused) {
+                return Err(error);
+            }
+            std::fs::remove_file(path)?;
+            UnixListener::bind(path)
+        }
+        result => result,
+    }
+}
+
+/// A broker that connects to the sockets of the vsock device at `path`, and does nothing else.
+fn fork_broker(path: &str) -> Result<Client, Error> {
+    let full = Path::new(path);
+    let base_name = full.file_name().and_then(|name| name.to_str());
+    let base_name = base_name.ok_or_else(|| {
+        let source = io::ErrorKind::InvalidInput.into();
+        open("vsock", path, source)
+    })?;
+    let directory = match full.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
+    };
+    let directory = OpenOptions::new()
+        .read(true)
+        .custom_flags(libc::O_DIRECTORY | libc::O_PATH)
+        .open(directory)
+        .map_err(|source| open("directory of vsock", path, source))?;
+    let policy = BrokerPolicy {
+        connections: vec![ConnectTarget {
+            device: path.to_owned(),
+            directory: directory.into(),
+            base_name: base_name.to_owned(),
+        }],
+        ..BrokerPolicy::default()
+    };
+    let seal = || lockdown::enter(Role::Broker, Stage::Sealed);
+    Ok(spawn_unjailed(policy, seal)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn refused(name: &str, write: bool) -> String {
+        let error = Source::Direct.file("drive", name, write).unwrap_err();
+        error.to_string()
+    }
+
+    #[test]
+    fn refuses_what_is_no_file() {
+        assert!(refused("/nonexistent/x", false).contains("\"/nonexistent/x\": No such file"));
+        for write in [false, true] {
+            assert!(refused("/", write).contains("is a directory"));
+        }
+        assert!(refused("/dev/null", false).contains("is a device"));
+        let directory = tempfile::tempdir().unwrap();
+        let pipe = directory.path().join("pipe");
+        nix::unistd::mkfifo(&pipe, nix::sys::stat::Mode::S_IRWXU).unwrap();
+        assert!(refused(pipe.to_str().unwrap(), false).contains("is a pipe"));
+    }
+
+    #[test]
+    fn makes_no_tap() {
+        let name = "casemate-none0";
+        let error = Source::Direct.tap(name).unwrap_err().to_string();
+        assert!(error.contains("no such interface"), "{error}");
+        assert!(nix::net::if_::if_nametoindex(name).is_err());
+        let error = Source::Direct.tap("a-name-far-too-long").unwrap_err();
+        assert!(error.to_string().contains("no such interface"));
+    }
+
+    #[test]
+    fn bounds_the_config() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("config");
+        std::fs::write(&path, vec![b' '; (1 << 20) + 1]).unwrap();
+        let error = Source::Direct.config(path.to_str().unwrap()).unwrap_err();
+        assert!(matches!(error, Error::ConfigTooLong { .. }));
+    }
+}

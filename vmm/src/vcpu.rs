@@ -1,0 +1,180 @@
+//! The thread that runs one vCPU: paused, running, exited.
+
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, RecvError, Sender, TryRecvError, channel};
+use std::thread::{Builder, JoinHandle};
+
+use log::error;
+use thiserror::Error;
+use vmm_sys_util::signal::Killable;
+
+use crate::bus::Bus;
+use crate::ending::{End, EndSignal};
+use crate::kvm::{Access, Exit, Vcpu, kick_signal};
+
+/// Why a vCPU thread could not be started.
+#[derive(Debug, Error)]
+#[error("cannot start the thread of vCPU {id}: {source}")]
+pub struct Error {
+    id: u8,
+    source: std::io::Error,
+}
+
+/// What a guest's accesses reach.
+pub struct Buses {
+    /// Ports.
+    pub ports: Bus,
+    /// Guest-physical addresses without memory.
+    pub mmio: Bus,
+}
+
+impl Access for Buses {
+    fn port_read(&self, port: u16, data: &mut [u8]) {
+        self.ports.read(u64::from(port), data);
+    }
+    fn port_write(&self, port: u16, data: &[u8]) {
+        self.ports.write(u64::from(port), data);
+    }
+    fn mmio_read(&self, address: u64, data: &mut [u8]) {
+        self.mmio.read(address, data);
+    }
+    fn mmio_write(&self, address: u64, data: &[u8]) {
+        self.mmio.write(address, data);
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Command {
+    Run,
+    Pause,
+}
+
+/// What a vCPU thread is doing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum State {
+    /// Waits for a command. The state at the start.
+    Paused,
+    /// Runs the guest until it is kicked.
+    Running,
+    /// The guest is through, or nobody commands any more.
+    Exited,
+}
+
+/// A vCPU thread, as its commander has it. When dropped, the thread exits.
+pub struct VcpuThread {
+    commands: Option<Sender<Command>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl VcpuThread {
+    /// Starts the thread of `vcpu`, paused. It calls `seal` first of all and runs nothing if that fails.
+    ///
+    /// # Errors
+    /// When the kernel gives no thread.
+    pub fn start(
+        vcpu: Vcpu,
+        buses: Arc<Buses>,
+        ends: Arc<EndSignal>,
+        seal: impl FnOnce() -> Result<(), ()> + Send + 'static,
+    ) -> Result<Self, Error> {
+        let id = vcpu.id();
+        let (commands, receiver) = channel();
+        let thread = Builder::new()
+            .name(format!("vcpu{id}"))
+            .spawn(move || {
+                if seal().is_ok() {
+                    run(vcpu, &receiver, &buses, &ends);
+                }
+            })
+            .map_err(|source| Error { id, source })?;
+        Ok(Self {
+            commands: Some(commands),
+            thread: Some(thread),
+        })
+    }
+
+    /// Lets the guest run.
+    pub fn resume(&self) {
+        self.command(Command::Run);
+    }
+
+    /// Stops the guest at its next instruction.
+    pub fn pause(&self) {
+        self.command(Command::Pause);
+        self.kick();
+    }
+
+    fn command(&self, command: Command) {
+        if let Some(commands) = &self.commands {
+            // A thread that has exited obeys no more, which is what exiting means.
+            let _ = commands.send(command);
+        }
+    }
+
+    fn kick(&self) {
+        if let Some(thread) = &self.thread {
+            // It fails only for a thread that has ended.
+            let _ = thread.kill(kick_signal());
+        }
+    }
+}
+
+impl Drop for VcpuThread {
+    fn drop(&mut self) {
+        self.commands = None;
+        self.kick();
+        if let Some(thread) = self.thread.take() {
+            // A panic is reported where it happens.
+            let _ = thread.join();
+        }
+    }
+}
+
+fn run(mut vcpu: Vcpu, commands: &Receiver<Command>, buses: &Buses, ends: &EndSignal) {
+    vcpu.attach();
+    let mut state = State::Paused;
+    while state != State::Exited {
+        state = match state {
+            State::Exited => State::Exited,
+            State::Paused => match commands.recv() {
+                Ok(Command::Run) => State::Running,
+                Ok(Command::Pause) => State::Paused,
+                Err(RecvError) => State::Exited,
+            },
+            // A kick comes after its command, and is forgotten before the commands are looked at: so
+            // one that comes after this look ends the run.
+            State::Running => match commands.try_recv() {
+                Ok(Command::Run) => State::Running,
+                Ok(Command::Pause) => State::Paused,
+                Err(TryRecvError::Disconnected) => State::Exited,
+                Err(TryRecvError::Empty) => match run_guest(&mut vcpu, buses, ends) {
+                    Exit::Kicked => State::Running,
+                    _ => State::Exited,
+                },
+            },
+        };
+    }
+}
+
+/// Runs the guest until there is something else to do, or to announce.
+fn run_guest(vcpu: &mut Vcpu, buses: &Buses, ends: &EndSignal) -> Exit {
+    loop {
+        let exit = vcpu.run(buses);
+        match &exit {
+            // KVM waits for interrupts itself; a kernel that does not is asked again.
+            Exit::Served | Exit::Halted => continue,
+            Exit::Kicked => {}
+            Exit::Shutdown => ends.announce(End::PoweredOff),
+            Exit::Reset => ends.announce(End::Reset),
+            Exit::Crashed(why) => {
+                error!("the guest crashed: {why}");
+                ends.announce(End::Crashed(why.clone()));
+            }
+        }
+        return exit;
+    }
+}
+
+#[cfg(test)]
+#[path = "vcpu_tests.rs"]
+mod tests;

@@ -1,0 +1,28 @@
+//! Virtio devices: what the guest's drivers talk to.
+//!
+//! A driver programs a [`transport`] on vCPU threads. Everything else happens on a device thread:
+//! its [`worker::DeviceWorker`] owns the devices and calls them when a queue or a descriptor has news.
+//! A device sees [`queue::Queue`]s and guest memory, nothing of transports or KVM.
+
+pub mod block;
+pub mod chain;
+pub mod device;
+pub mod entropy;
+pub mod net;
+pub mod queue;
+pub mod transport;
+pub mod vsock;
+pub mod worker;
+
+#[cfg(test)]
+mod stress_tests;
+#[cfg(test)]
+mod testing;
+
+pub use block::{Block, BlockOptions, CacheType};
+pub use device::VirtioDevice;
+pub use entropy::Entropy;
+pub use net::{Net, NetOptions};
+pub use transport::mmio::MmioTransport;
+pub use vsock::{Vsock, VsockOptions};
+pub use worker::DeviceWorker;

@@ -1,0 +1,261 @@
+use super::*;
+use crate::virtio::testing::{DATA, Rig};
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
+use std::io::Write as _;
+use std::os::fd::AsRawFd as _;
+
+/// A card whose tap is one end of a socket that keeps frames apart.
+struct Fake(Net);
+
+impl VirtioDevice for Fake {
+    fn traits(&self) -> Traits {
+        self.0.traits()
+    }
+    fn config(&self) -> Vec<u8> {
+        self.0.config()
+    }
+    fn start(&mut self, queues: Queues, features: u64, io: DeviceIo) -> Result<(), device::Error> {
+        self.0.run(queues, features, io)
+    }
+    fn stop(&mut self) -> QueueStates {
+        self.0.stop()
+    }
+    fn handle(&mut self, event: Event) -> Result<Progress, device::Error> {
+        self.0.handle(event)
+    }
+}
+
+fn card(tap: File) -> Net {
+    Net {
+        tap,
+        mac: Some([2, 0, 0, 0, 0, 7]),
+        mtu: Some(1400),
+        ufo: false,
+        running: None,
+        pieces: IoVecBuffer::default(),
+    }
+}
+
+/// A card, and the other end of its tap.
+pub fn fake() -> (impl VirtioDevice + 'static, File) {
+    let (card, tap) = socket();
+    (Fake(card), tap)
+}
+
+fn rig(features: u64, size: u16) -> (Rig<Fake>, File) {
+    let (card, tap) = socket();
+    (Rig::with(Fake(card), features, size), tap)
+}
+
+fn socket() -> (Net, File) {
+    let (ours, theirs) = socketpair(
+        AddressFamily::Unix,
+        SockType::SeqPacket,
+        None,
+        SockFlag::SOCK_NONBLOCK,
+    )
+    .unwrap();
+    (card(theirs.into()), ours.into())
+}
+
+fn frame(len: usize, fill: u8) -> Vec<u8> {
+    let mut frame = vec![fill; HEADER_LEN + len];
+    frame[..HEADER_LEN].fill(0);
+    frame
+}
+
+#[test]
+fn sends_frames_from_scattered_buffers() {
+    let (mut rig, mut peer) = rig(0, 16);
+    let packet = frame(60, 7);
+    let driver = &mut rig.drivers[1];
+    driver.put(DATA, &packet[..5]);
+    driver.put(DATA + 100, &packet[5..]);
+    driver.add(&[(DATA, 5, false), (DATA + 100, 67, false)]);
+    rig.kick(TX);
+    let mut data = [0; 200];
+    assert_eq!(peer.read(&mut data).unwrap(), 72);
+    assert_eq!(data[..72], packet);
+    assert_eq!(rig.drivers[1].used(), Some((0, 0)));
+}
+
+#[test]
+fn what_is_no_frame_is_not_sent_and_the_queue_goes_on() {
+    let (mut rig, mut peer) = rig(0, 16);
+    for buffers in [
+        &[(DATA, 0, false)][..],
+        &[(DATA, 12, false)],
+        &[(DATA, 25, false)],
+        &[(DATA, 26, true)],
+        &[(DATA, 65575, false)],
+        &[(DATA, 0x10_0000, false), (DATA, 0x10_0000, false)],
+    ] {
+        rig.drivers[1].add(buffers);
+        rig.kick(TX);
+        assert!(rig.drivers[1].used().is_some(), "{buffers:?}");
+    }
+    let mut data = [0; 200];
+    assert!(peer.read(&mut data).is_err());
+    rig.drivers[1].add(&[(DATA, 26, false)]);
+    rig.kick(TX);
+    assert_eq!(peer.read(&mut data).unwrap(), 26);
+}
+
+#[test]
+fn receives_into_one_chain() {
+    let (mut rig, mut peer) = rig(0, 16);
+    rig.kick(RX);
+    rig.drivers[0].add(&[(DATA, 12, true), (DATA + 100, 2000, true)]);
+    peer.write_all(&frame(60, 9)).unwrap();
+    rig.poll();
+    let driver = &mut rig.drivers[0];
+    assert_eq!(driver.used(), Some((0, 72)));
+    assert_eq!(driver.get(DATA, 12), [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0]);
+    assert_eq!(driver.get(DATA + 100, 61), [&[9; 60][..], &[0]].concat());
+}
+
+#[test]
+fn merges_buffers_for_a_large_frame() {
+    let (mut rig, mut peer) = rig(F_MRG_RXBUF, 16);
+    for i in 0..4 {
+        rig.drivers[0].add(&[(DATA + i * 0x1000, 1000, true)]);
+    }
+    peer.write_all(&frame(2500, 5)).unwrap();
+    rig.poll();
+    let driver = &mut rig.drivers[0];
+    for used in [(0, 1000), (1, 1000), (2, 512)] {
+        assert_eq!(driver.used(), Some(used));
+    }
+    assert_eq!(driver.used(), None);
+    assert_eq!(driver.get(DATA + 10, 2), [3, 0]);
+    assert_eq!(
+        driver.get(DATA + 0x2000, 513),
+        [&[5; 512][..], &[0]].concat()
+    );
+    assert_eq!(rig.signal.count(), 1);
+}
+
+#[test]
+fn a_full_receive_ring_stalls_nothing_and_loses_nothing() {
+    let (mut rig, mut peer) = rig(F_MRG_RXBUF, 4);
+    peer.write_all(&frame(60, 1)).unwrap();
+    peer.write_all(&frame(1500, 2)).unwrap();
+    rig.poll();
+    // No buffers: transmission works all the same.
+    rig.drivers[1].add(&[(DATA, 26, false)]);
+    rig.kick(TX);
+    let mut data = [0; 200];
+    assert_eq!(peer.read(&mut data).unwrap(), 26);
+
+    rig.drivers[0].add(&[(DATA, 1000, true)]);
+    assert_eq!(rig.drivers[0].wanted_doorbell(), 0);
+    rig.kick(RX);
+    assert_eq!(rig.drivers[0].used(), Some((0, 72)));
+    // The second takes two buffers, which come one by one.
+    rig.drivers[0].add(&[(DATA, 1000, true)]);
+    rig.kick(RX);
+    assert_eq!(rig.drivers[0].used(), None);
+    assert_eq!(rig.drivers[0].wanted_doorbell(), 2);
+    rig.drivers[0].add(&[(DATA + 0x1000, 1000, true)]);
+    rig.kick(RX);
+    assert_eq!(rig.drivers[0].used(), Some((1, 1000)));
+    assert_eq!(rig.drivers[0].used(), Some((2, 512)));
+}
+
+#[test]
+fn a_frame_larger_than_all_buffers_is_lost_and_the_next_arrives() {
+    for (features, size) in [(0, 16), (F_MRG_RXBUF, 2)] {
+        let (mut rig, mut peer) = rig(features, size);
+        for _ in 0..2 {
+            rig.drivers[0].add(&[(DATA, 500, true)]);
+        }
+        peer.write_all(&frame(1500, 1)).unwrap();
+        peer.write_all(&frame(60, 2)).unwrap();
+        rig.poll();
+        assert_eq!(rig.drivers[0].used(), Some((0, 72)));
+        assert_eq!(rig.drivers[0].used(), None);
+        assert_eq!(rig.drivers[0].get(DATA + 12, 60), [2; 60]);
+    }
+}
+
+#[test]
+fn a_receive_buffer_without_room_for_the_header_breaks_the_queue() {
+    let (mut rig, mut peer) = rig(0, 16);
+    rig.drivers[0].add(&[(DATA, 11, true)]);
+    peer.write_all(&frame(60, 1)).unwrap();
+    assert!(rig.handle(Event::Queue(RX)).is_err());
+}
+
+#[test]
+fn stops_without_watching_the_tap() {
+    let (mut rig, mut peer) = rig(0, 16);
+    let states = rig.device.stop();
+    peer.write_all(&frame(60, 3)).unwrap();
+    assert_eq!(rig.events.wait(false).unwrap(), 0);
+    rig.drivers[0].add(&[(DATA, 500, true)]);
+    rig.start(&states, 0);
+    rig.poll();
+    assert_eq!(rig.drivers[0].used(), Some((0, 72)));
+}
+
+#[test]
+fn offers_what_it_is_configured_for() {
+    let (rig, _) = rig(0, 16);
+    let features = rig.device.traits().features;
+    assert_eq!(features & (F_MAC | F_MTU), F_MAC | F_MTU);
+    assert_eq!(features & (F_HOST_UFO | F_GUEST_UFO), 0);
+    let config = rig.device.config();
+    assert_eq!(config, [2, 0, 0, 0, 0, 7, 0, 0, 0, 0, 0x78, 5]);
+    assert_eq!(
+        offloads(F_GUEST_TSO4),
+        Offloads::default(),
+        "needs checksums"
+    );
+    assert_eq!(
+        offloads(F_GUEST_CSUM | F_GUEST_TSO6),
+        Offloads::CSUM.and(Offloads::TSO6)
+    );
+}
+
+#[test]
+fn what_is_no_tap_is_refused() {
+    let options = NetOptions {
+        tap: File::open("/dev/null").unwrap(),
+        mac: None,
+        mtu: None,
+    };
+    assert!(matches!(Net::new(options), Err(Error::Tap(_))));
+}
+
+/// A real tap, in a network namespace of its own. Making one needs privileges, which the other
+/// tests do not.
+#[test]
+fn a_real_tap_takes_every_offload() {
+    if !nix::unistd::geteuid().is_root() {
+        eprintln!("not root: no tap can be made here");
+        return;
+    }
+    std::thread::spawn(|| {
+        nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNET).unwrap();
+        assert!(tap::prepare(&tap::create("test0", 0), 12).is_err());
+        let tap = tap::create("test1", libc::IFF_VNET_HDR);
+        let net = Net::new(NetOptions {
+            tap: tap.try_clone().unwrap(),
+            mac: None,
+            mtu: None,
+        })
+        .unwrap();
+        assert_eq!(net.traits().features & F_MAC, 0);
+        let status = nix::fcntl::fcntl(&tap, nix::fcntl::FcntlArg::F_GETFL).unwrap();
+        assert_ne!(status & libc::O_NONBLOCK, 0);
+        let mut rig = Rig::with(net, u64::MAX, 16);
+        // The interface is down: the host refuses the frame, the queue goes on.
+        rig.drivers[1].add(&[(DATA, 64, false)]);
+        rig.kick(TX);
+        assert!(rig.drivers[1].used().is_some());
+        rig.kick(RX);
+        assert!(tap.as_raw_fd() > 0);
+    })
+    .join()
+    .unwrap();
+}

@@ -1,0 +1,394 @@
+//! A hostile guest: two vCPUs do to every device at once what a driver would and would not, while
+//! programs on the host come and go. Nothing may panic, hang or make a system call that a sealed
+//! thread may not make, and every device must work after a reset. `CASEMATE_STRESS_SECONDS` makes it last longer.
+
+use std::fs::File;
+use std::io::{Read as _, Write as _};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::channel;
+use std::thread::spawn;
+use std::time::{Duration, Instant};
+
+use vm_memory::{Bytes as _, GuestAddress};
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+use super::block::{Block, BlockOptions, CacheType};
+use super::device::VirtioDevice;
+use super::testing::{DATA, Driver, END, INDIRECT, NEXT, WRITE, memory};
+use super::{DeviceWorker, Entropy, MmioTransport, net, vsock};
+use crate::bus::BusDevice as _;
+use crate::lockdown::{self, Role, Stage};
+use crate::memory::GuestMemory;
+
+const QUEUES: u64 = 3;
+const SIZE: u16 = 8;
+/// How long the device thread may take for anything.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// SplitMix64.
+struct Random(u64);
+
+impl Random {
+    fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let z = (self.0 ^ self.0 >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        let z = (z ^ z >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ z >> 31
+    }
+
+    fn below(&mut self, end: u64) -> u64 {
+        self.next() % end
+    }
+
+    fn one<T: Copy>(&mut self, of: &[T]) -> T {
+        of[self.below(of.len() as u64) as usize]
+    }
+
+    /// A number from where things break.
+    fn edge(&mut self) -> u64 {
+        let near = self.one(&[0, 1 << 12, 1 << 16, END, 0xc000_0000, 1 << 32, u64::MAX]);
+        near.wrapping_add(self.below(64)).wrapping_sub(32)
+    }
+}
+
+struct Vcpu {
+    random: Random,
+    memory: GuestMemory,
+    devices: Vec<Arc<MmioTransport>>,
+}
+
+impl Vcpu {
+    fn register(&self, device: usize, offset: u64, value: u32) {
+        self.devices[device].write(offset, &value.to_le_bytes());
+    }
+
+    fn status(&self, device: usize) -> u32 {
+        let mut data = [0; 4];
+        self.devices[device].read(0x70, &mut data);
+        u32::from_le_bytes(data)
+    }
+
+    fn driver(&self, device: usize, queue: u64) -> Driver {
+        let index = device as u64 * QUEUES + queue;
+        Driver::new(&self.memory, index as u16, SIZE)
+    }
+
+    fn put(&self, address: u64, bytes: &[u8]) {
+        // What lies outside of memory is for the device to notice.
+        let _ = self.memory.write_slice(bytes, GuestAddress(address));
+    }
+
+    /// Starts a device as a driver does; `honest`, or with rings anywhere.
+    fn start(&mut self, device: usize, honest: bool) {
+        let features = if honest { 0 } else { self.random.next() as u32 };
+        for status in [0, 1, 3] {
+            self.register(device, 0x70, status);
+        }
+        for page in [0, 1] {
+            self.register(device, 0x14, page);
+            let mut offered = [0; 4];
+            self.devices[device].read(0x10, &mut offered);
+            let offered = u32::from_le_bytes(offered);
+            self.register(device, 0x24, page);
+            let accepted = if page == 1 { 1 } else { offered & features };
+            self.register(device, 0x20, accepted);
+        }
+        self.register(device, 0x70, 11);
+        for queue in 0..QUEUES {
+            let state = self.driver(device, queue).state;
+            self.register(device, 0x30, queue as u32);
+            self.register(device, 0x38, u32::from(SIZE));
+            for (offset, place) in [
+                (0x80, state.descriptors),
+                (0x90, state.available),
+                (0xa0, state.used),
+            ] {
+                let wild = !honest && self.random.below(64) == 0;
+                let place = if wild { self.random.edge() } else { place };
+                self.register(device, offset, place as u32);
+                self.register(device, offset + 4, (place >> 32) as u32);
+            }
+            self.register(device, 0x44, 1);
+        }
+        self.register(device, 0x70, 15);
+    }
+
+    /// Something that a device may take for a header.
+    fn header(&mut self) -> Vec<u8> {
+        let random = &mut self.random;
+        let mut bytes: Vec<u8> = (0..64).map(|_| random.next() as u8).collect();
+        match random.below(4) {
+            // A packet of the socket device: few ports, so that they meet.
+            0 | 1 => {
+                bytes[..16].copy_from_slice(&[3, 0, 0, 0, 0, 0, 0, 0, 2, 0, 0, 0, 0, 0, 0, 0]);
+                for (at, end) in [(16, 4), (20, 4), (24, 9000)] {
+                    let value = random.below(end) as u32;
+                    bytes[at..at + 4].copy_from_slice(&value.to_le_bytes());
+                }
+                bytes[28..32].copy_from_slice(&[1, 0, random.below(9) as u8, 0]);
+                bytes[32] &= 3;
+            }
+            // A request for the disk.
+            2 => {
+                bytes[..4].copy_from_slice(&random.one(&[0_u32, 1, 4, 8, 9]).to_le_bytes());
+                let sector = random.one(&[0, 1, 63, 64, u64::MAX]);
+                bytes[8..16].copy_from_slice(&sector.to_le_bytes());
+            }
+            _ => bytes[..12].fill(0),
+        }
+        bytes
+    }
+
+    /// Makes a chain available: likely, odd or malformed.
+    fn offer(&mut self, device: usize, queue: u64) {
+        let mut driver = self.driver(device, queue);
+        let place = DATA + self.random.below(8) * 0x1_0000;
+        let header = self.header();
+        self.put(place, &header);
+        let head = self.random.below(u64::from(SIZE)) as u16;
+        let (table, first) = if self.random.below(4) == 0 {
+            driver.describe(head, DATA + 0x18_0000, 64, INDIRECT, 0);
+            (DATA + 0x18_0000, 0)
+        } else {
+            (driver.state.descriptors, head)
+        };
+        let sizes = [0, 1, 16, 20, 44, 64, 512, 1024, 4096, 0x1_0000, 0x10_0000];
+        let mut writable = self.random.below(3) == 0;
+        let count = 1 + self.random.below(4) as u16;
+        for n in 0..count {
+            let wild = self.random.below(200) == 0;
+            let address = if wild {
+                self.random.edge()
+            } else {
+                place + u64::from(n) * 0x40
+            };
+            let len = if n == 0 && !writable {
+                self.random.one(&[16, 44, 64, 2048])
+            } else {
+                self.random.one(&sizes)
+            };
+            let more = if n + 1 < count { NEXT } else { 0 };
+            let write = if writable { WRITE } else { 0 };
+            let odd = self.random.below(300) == 0;
+            let flags = if odd {
+                self.random.next() as u16
+            } else {
+                more | write
+            };
+            driver.describe_at(
+                table,
+                (first + n) % SIZE,
+                address,
+                len,
+                flags,
+                (first + n + 1) % SIZE,
+            );
+            writable |= self.random.below(2) == 0;
+        }
+        let mut index = [0; 2];
+        let at = GuestAddress(driver.state.available + 2);
+        self.memory.read_slice(&mut index, at).unwrap();
+        driver.set_available_index(u16::from_le_bytes(index));
+        driver.offer(head);
+        if self.random.below(500) == 0 {
+            driver.set_available_index(self.random.next() as u16);
+        }
+        self.register(device, 0x50, queue as u32);
+    }
+
+    fn act(&mut self) {
+        let device = self.random.below(self.devices.len() as u64) as usize;
+        let queue = self.random.below(QUEUES);
+        match self.random.below(64) {
+            0 | 1 => self.register(device, 0x70, 0),
+            2..=5 => self.start(device, false),
+            6..=8 => {
+                let value = self.random.next().to_le_bytes();
+                let offset = self
+                    .random
+                    .one(&[0x70, 0x64, 0x44, 0x30, 0x38, 0x80, 0x100, 0x50]);
+                let offset = offset + self.random.below(3);
+                let len = self.random.below(9) as usize;
+                self.devices[device].write(offset, &value[..len]);
+            }
+            9 => {
+                let len = self.random.below(9) as usize;
+                let offset = self.random.edge();
+                self.devices[device].read(offset, &mut [0; 8][..len]);
+            }
+            10 => {
+                let ring = self.driver(device, queue).state.descriptors;
+                let bytes = self.random.next().to_le_bytes();
+                let at = ring + self.random.below(0x4000);
+                self.put(at, &bytes);
+            }
+            11 if self.status(device) & 64 != 0 => self.start(device, false),
+            _ => self.offer(device, queue),
+        }
+    }
+}
+
+/// Programs on the host, of which few behave.
+fn host(path: &Path, tap: &mut File, random: &mut Random, callers: &mut Vec<UnixStream>) {
+    // The listener's queue may be full while the device is not running.
+    let _ = tap.write(&vec![1; random.one(&[13, 72, 1500, 60_000])]);
+    let mut data = vec![0; 1 << 16];
+    while tap.read(&mut data).is_ok_and(|count| count > 0) {}
+    if let Ok(mut caller) = connect(path) {
+        let line = b"CONNECT 2\nhello";
+        let count = random.one(&[0, 5, 10, line.len()]);
+        let _ = caller.write(&line[..count]);
+        callers.push(caller);
+    }
+    if callers.len() > 16 {
+        callers.swap_remove(random.below(16) as usize);
+    }
+    for caller in callers {
+        let _ = caller.write(&data[..random.one(&[0, 1, 9000])]);
+        if random.below(2) == 0 {
+            let _ = caller.read(&mut data);
+        }
+    }
+}
+
+/// Connects without waiting for anybody to accept.
+fn connect(path: &Path) -> nix::Result<UnixStream> {
+    use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, socket};
+    use std::os::fd::AsRawFd as _;
+    let socket = socket(
+        AddressFamily::Unix,
+        SockType::Stream,
+        SockFlag::SOCK_NONBLOCK,
+        None,
+    )?;
+    connect(socket.as_raw_fd(), &UnixAddr::new(path)?)?;
+    Ok(socket.into())
+}
+
+#[test]
+fn no_guest_and_no_host_can_break_the_devices() {
+    // A violation of a filter ends the process.
+    if !crate::testing::alone("virtio::stress_tests::no_guest_and_no_host_can_break_the_devices") {
+        return;
+    }
+    lockdown::install_violation_reporter().unwrap();
+    crate::memory::heap::share_among_threads();
+    let seconds = std::env::var("CASEMATE_STRESS_SECONDS").map_or(2, |text| text.parse().unwrap());
+    let memory = memory();
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("v.sock");
+    let disk = tempfile::tempfile().unwrap();
+    disk.set_len(64 * 512).unwrap();
+    let block = BlockOptions {
+        id: "disk".into(),
+        file: disk,
+        read_only: false,
+        cache: CacheType::Writeback,
+    };
+    let (net, mut tap) = net::tests::fake();
+    let vsock = vsock::testing::reachable(UnixListener::bind(&path).unwrap());
+    let all: [Box<dyn VirtioDevice>; 4] = [
+        Box::new(Block::new(block).unwrap()),
+        Box::new(Entropy::new()),
+        Box::new(net),
+        Box::new(vsock),
+    ];
+    let mut worker = DeviceWorker::new().unwrap();
+    let devices: Vec<_> = all
+        .into_iter()
+        .map(|device| {
+            let irq = EventFd::new(EFD_NONBLOCK).unwrap();
+            let transport = MmioTransport::new(device, memory.clone(), irq).unwrap();
+            worker.add(Arc::clone(&transport)).unwrap();
+            transport
+        })
+        .collect();
+    spawn(move || {
+        lockdown::enter(Role::Device, Stage::Sealed).unwrap();
+        worker.run();
+    });
+
+    let end = Instant::now() + Duration::from_secs(seconds);
+    let over = Arc::new(AtomicBool::new(false));
+    let (done, finished) = channel();
+    for seed in [1, 2] {
+        let mut vcpu = Vcpu {
+            random: Random(seed),
+            memory: memory.clone(),
+            devices: devices.clone(),
+        };
+        let done = done.clone();
+        spawn(move || {
+            lockdown::enter(Role::Vcpu, Stage::Sealed).unwrap();
+            let mut acts = 0_u64;
+            while Instant::now() < end {
+                vcpu.act();
+                acts += 1;
+            }
+            done.send(acts).unwrap();
+        });
+    }
+    let outside = {
+        let over = Arc::clone(&over);
+        spawn(move || {
+            let (mut random, mut callers) = (Random(3), Vec::new());
+            while !over.load(Ordering::SeqCst) {
+                host(&path, &mut tap, &mut random, &mut callers);
+                std::thread::sleep(Duration::from_micros(200));
+            }
+        })
+    };
+    for _ in 0..2 {
+        let acts = finished.recv_timeout(seconds_and_patience(seconds));
+        let acts = acts.expect("no vCPU hangs");
+        println!("{acts} acts");
+        assert!(acts > 100);
+    }
+    over.store(true, Ordering::SeqCst);
+    outside.join().unwrap();
+
+    // A well-behaved driver finds everything working.
+    let (done, finished) = channel();
+    spawn(move || {
+        let mut vcpu = Vcpu {
+            random: Random(4),
+            memory,
+            devices,
+        };
+        for device in 0..4 {
+            vcpu.register(device, 0x70, 0);
+            vcpu.put(vcpu.driver(device, 0).state.descriptors, &[0; 0xc000]);
+        }
+        for device in 0..4 {
+            vcpu.start(device, true);
+            assert_eq!(vcpu.status(device), 15, "device {device}");
+        }
+        let mut disk = vcpu.driver(0, 0);
+        vcpu.put(DATA, &[8, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]);
+        disk.add(&[
+            (DATA, 16, false),
+            (DATA + 64, 20, true),
+            (DATA + 128, 1, true),
+        ]);
+        vcpu.register(0, 0x50, 0);
+        let mut entropy = vcpu.driver(1, 0);
+        entropy.add(&[(DATA + 256, 32, true)]);
+        vcpu.register(1, 0x50, 0);
+        for driver in [&mut disk, &mut entropy] {
+            while driver.used().is_none() {
+                std::thread::sleep(Duration::from_millis(1));
+            }
+        }
+        assert_eq!(disk.get(DATA + 64, 4), b"disk");
+        assert_ne!(entropy.get(DATA + 256, 32), [0; 32]);
+        done.send(()).unwrap();
+    });
+    finished.recv_timeout(PATIENCE).expect("every device works");
+}
+
+fn seconds_and_patience(seconds: u64) -> Duration {
+    Duration::from_secs(seconds) + PATIENCE
+}

@@ -1,0 +1,273 @@
+//! virtio over MMIO, version 2 (virtio 1.2, section 4.2.2).
+
+use std::io;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use thiserror::Error;
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+
+use super::core::{Area, Core, Half, Transition, status};
+use super::mailbox::{Command, Mailbox};
+use crate::bus::BusDevice;
+use crate::memory::GuestMemory;
+use crate::virtio::device::VirtioDevice;
+use crate::virtio::queue::Signal;
+
+/// "virt".
+const MAGIC: u32 = 0x7472_6976;
+const VERSION: u32 = 2;
+/// "CSMT": the spec leaves the vendor to us.
+const VENDOR: u32 = 0x544d_5343;
+/// Where the device's own configuration space starts.
+const CONFIG: u64 = 0x100;
+/// Offset of QueueNotify, where ioeventfds are put, with the queue's index as data.
+pub const QUEUE_NOTIFY: u64 = 0x50;
+
+/// Bit 0 of InterruptStatus: a used ring has news.
+const INTERRUPT_USED: u32 = 1;
+/// Bit 1 of InterruptStatus: the configuration, or NEEDS_RESET, changed.
+const INTERRUPT_CONFIG: u32 = 2;
+
+/// Why a transport could not be made.
+#[derive(Debug, Error)]
+pub enum Error {
+    /// The kernel gave no eventfd.
+    #[error("cannot make an eventfd for a virtio device: {0}")]
+    EventFd(#[source] io::Error),
+}
+
+/// The interrupt of a device: what the device thread sets and the vCPUs read and acknowledge.
+struct Interrupt {
+    status: AtomicU32,
+    needs_reset: AtomicBool,
+    irq: EventFd,
+}
+
+impl Interrupt {
+    fn raise(&self, bits: u32) {
+        // The bits first, for the handler reads them when the interrupt arrives.
+        self.status.fetch_or(bits, Ordering::SeqCst);
+        // It fails only if the counter is full; then an interrupt is pending already.
+        let _ = self.irq.write(1);
+    }
+}
+
+impl Signal for Interrupt {
+    fn used(&self, _: u16) {
+        self.raise(INTERRUPT_USED);
+    }
+}
+
+/// A virtio-mmio window: the registers of one device.
+///
+/// The registers live here and are used by vCPUs; the device itself belongs to the
+/// [`DeviceWorker`](crate::virtio::DeviceWorker) that the transport is added to.
+pub struct MmioTransport {
+    registers: Mutex<Core>,
+    config: Vec<u8>,
+    memory: GuestMemory,
+    interrupt: Arc<Interrupt>,
+    notifiers: Vec<EventFd>,
+    mailbox: Mailbox,
+    /// Here until the worker takes it.
+    device: Mutex<Option<Box<dyn VirtioDevice>>>,
+}
+
+impl MmioTransport {
+    /// A transport for `device`, which interrupts the guest by writing to `irq`.
+    ///
+    /// # Errors
+    /// When the kernel gives no eventfd.
+    pub fn new(
+        device: Box<dyn VirtioDevice>,
+        memory: GuestMemory,
+        irq: EventFd,
+    ) -> Result<Arc<Self>, Error> {
+        let traits = device.traits();
+        let notifiers = traits
+            .queue_sizes
+            .iter()
+            .map(|_| EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(Error::EventFd))
+            .collect::<Result<_, _>>()?;
+        Ok(Arc::new(Self {
+            registers: Mutex::new(Core::new(traits)),
+            config: device.config(),
+            memory,
+            interrupt: Arc::new(Interrupt {
+                status: AtomicU32::new(0),
+                needs_reset: AtomicBool::new(false),
+                irq,
+            }),
+            notifiers,
+            mailbox: Mailbox::new().map_err(Error::EventFd)?,
+            device: Mutex::new(Some(device)),
+        }))
+    }
+
+    /// The doorbell of each queue, in order: to be bound as ioeventfd at [`QUEUE_NOTIFY`] with the
+    /// index as 32-bit data. Without an ioeventfd a write there rings it too, only slower.
+    pub fn queue_notifiers(&self) -> &[EventFd] {
+        &self.notifiers
+    }
+
+    /// The device, for the one worker that runs it.
+    pub(crate) fn take_device(&self) -> Option<Box<dyn VirtioDevice>> {
+        self.device
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take()
+    }
+
+    pub(crate) fn mailbox(&self) -> &Mailbox {
+        &self.mailbox
+    }
+
+    pub(crate) fn memory(&self) -> &GuestMemory {
+        &self.memory
+    }
+
+    pub(crate) fn signal(&self) -> Arc<dyn Signal> {
+        Arc::clone(&self.interrupt) as Arc<dyn Signal>
+    }
+
+    /// Sets NEEDS_RESET and tells the driver by a configuration interrupt (section 2.1.2).
+    pub(crate) fn set_needs_reset(&self) {
+        self.interrupt.needs_reset.store(true, Ordering::SeqCst);
+        self.interrupt.raise(INTERRUPT_CONFIG);
+    }
+
+    fn registers(&self) -> MutexGuard<'_, Core> {
+        self.registers
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn read_register(&self, offset: u64) -> u32 {
+        let core = self.registers();
+        match offset {
+            0x00 => MAGIC,
+            0x04 => VERSION,
+            0x08 => core.device_id(),
+            0x0c => VENDOR,
+            0x10 => core.device_features(),
+            0x34 => u32::from(core.queue_max_size()),
+            0x44 => u32::from(core.queue_ready()),
+            0x60 => self.interrupt.status.load(Ordering::SeqCst),
+            0x70 => {
+                let mut value = core.status();
+                if self.interrupt.needs_reset.load(Ordering::SeqCst) {
+                    value |= status::NEEDS_RESET;
+                }
+                u32::from(value)
+            }
+            // No shared memory region exists: length and base read as all ones (section 4.2.2).
+            0xb0..=0xbc => u32::MAX,
+            // ConfigGeneration: the configuration of our devices never changes.
+            0xfc => 0,
+            _ => 0,
+        }
+    }
+
+    fn write_register(&self, offset: u64, value: u32) {
+        match offset {
+            // These two are hot and need no registers.
+            QUEUE_NOTIFY => {
+                if let Some(notifier) = self.notifiers.get(value as usize) {
+                    // It fails only if the counter is full; then the doorbell rings already.
+                    let _ = notifier.write(1);
+                }
+                return;
+            }
+            0x64 => {
+                self.interrupt.status.fetch_and(!value, Ordering::SeqCst);
+                return;
+            }
+            _ => {}
+        }
+        let mut core = self.registers();
+        match offset {
+            0x14 => core.select_device_features(value),
+            0x20 => core.accept_features(value),
+            0x24 => core.select_driver_features(value),
+            0x30 => core.select_queue(value),
+            0x38 => core.set_queue_size(value),
+            0x44 => core.set_queue_ready(value == 1),
+            // The status is a byte; what is beyond it never was a status.
+            0x70 => {
+                if let Ok(value) = u8::try_from(value) {
+                    self.write_status(&mut core, value);
+                }
+            }
+            0x80 => core.set_queue_address(Area::Descriptors, Half::Low, value),
+            0x84 => core.set_queue_address(Area::Descriptors, Half::High, value),
+            0x90 => core.set_queue_address(Area::Driver, Half::Low, value),
+            0x94 => core.set_queue_address(Area::Driver, Half::High, value),
+            0xa0 => core.set_queue_address(Area::Device, Half::Low, value),
+            0xa4 => core.set_queue_address(Area::Device, Half::High, value),
+            _ => {}
+        }
+    }
+
+    /// Holds the registers while the device thread works: no other vCPU can touch the device
+    /// in between, and the device thread never takes them.
+    fn write_status(&self, core: &mut Core, value: u8) {
+        match core.write_status(value) {
+            Transition::None => {}
+            Transition::Start => {
+                let command = Command::Start {
+                    features: core.accepted_features(),
+                    queues: core.queue_states(),
+                };
+                if !self.mailbox.ask(command) {
+                    self.set_needs_reset();
+                }
+            }
+            Transition::Reset => {
+                if core.is_started() {
+                    self.mailbox.ask(Command::Stop);
+                }
+                core.reset();
+                self.interrupt.needs_reset.store(false, Ordering::SeqCst);
+                self.interrupt.status.store(0, Ordering::SeqCst);
+            }
+        }
+    }
+
+    fn read_config(&self, offset: u64, data: &mut [u8]) {
+        for (i, byte) in data.iter_mut().enumerate() {
+            let at = usize::try_from(offset)
+                .ok()
+                .and_then(|offset| offset.checked_add(i));
+            *byte = at.and_then(|at| self.config.get(at)).copied().unwrap_or(0);
+        }
+    }
+}
+
+impl BusDevice for MmioTransport {
+    fn read(&self, offset: u64, data: &mut [u8]) {
+        if let Some(offset) = offset.checked_sub(CONFIG) {
+            return self.read_config(offset, data);
+        }
+        // Registers are 32 bits wide and aligned (section 4.2.2.2); any other access reads zero.
+        match <&mut [u8; 4]>::try_from(&mut *data) {
+            Ok(register) if offset.is_multiple_of(4) => {
+                *register = self.read_register(offset).to_le_bytes();
+            }
+            _ => data.fill(0),
+        }
+    }
+
+    fn write(&self, offset: u64, data: &[u8]) {
+        if offset < CONFIG
+            && offset.is_multiple_of(4)
+            && let Ok(register) = <[u8; 4]>::try_from(data)
+        {
+            self.write_register(offset, u32::from_le_bytes(register));
+        }
+    }
+}
+
+#[cfg(test)]
+#[path = "mmio_tests.rs"]
+mod tests;

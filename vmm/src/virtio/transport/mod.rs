@@ -1,0 +1,5 @@
+//! How a driver finds, negotiates with and resets a device.
+
+pub mod core;
+pub mod mailbox;
+pub mod mmio;

@@ -1,0 +1,393 @@
+//! All connections of a machine: who they belong to, and whose turn it is.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::io;
+use std::os::unix::net::{UnixListener, UnixStream};
+
+use log::{debug, log, warn};
+
+use super::connection::{Connection, Ports, State};
+use super::connector::Connector;
+use super::handshake::{self, Handshake};
+use super::packet::{HOST_CID, Header, STREAM};
+use crate::event_loop::{self, EventSet, Registrar};
+use crate::virtio::device::LogBudget;
+use crate::virtio::queue::Progress;
+
+/// Most connections at a time.
+pub const MAX_CONNECTIONS: usize = 1023;
+/// Most host programs that have not said which port they want; the oldest makes room.
+pub const MAX_HANDSHAKES: usize = 64;
+/// Most refusals that wait for a guest which takes no packets; more are dropped.
+pub const MAX_REFUSALS: usize = 256;
+/// Connections accepted, and broker's answers taken, before the other devices get their turn.
+const BUDGET: usize = 32;
+/// Where the host's ports for its own calls start, beyond those that programs choose.
+const FIRST_HOST_PORT: u32 = 1 << 30;
+
+/// Keys in the event loop; those of streams follow.
+const LISTENER: u32 = 0;
+const BROKER: u32 = 1;
+const FIRST_STREAM: u32 = 2;
+
+/// Edge-triggered, all of it: what cannot go on now must not wake us until something changes.
+const STREAM_EVENTS: EventSet = EventSet::from_bits_truncate(
+    EventSet::IN.bits()
+        | EventSet::OUT.bits()
+        | EventSet::READ_HANG_UP.bits()
+        | EventSet::EDGE_TRIGGERED.bits(),
+);
+
+/// What a stream's key stands for.
+enum Stream {
+    Handshake(Handshake),
+    Connection(Ports),
+}
+
+/// The connections.
+pub struct Hub {
+    pub(super) guest_cid: u64,
+    listener: UnixListener,
+    pub(super) connector: Option<Box<dyn Connector>>,
+    pub(super) connections: BTreeMap<Ports, Connection>,
+    streams: BTreeMap<u32, Stream>,
+    handshakes: usize,
+    /// There are callers whom the host had no descriptor for.
+    callers_wait: bool,
+    /// Connections with something for the guest, in the order of their turns.
+    pub(super) ready: VecDeque<Ports>,
+    /// RSTs that belong to no connection.
+    pub(super) refusals: VecDeque<Header>,
+    next_key: u32,
+    next_port: u32,
+    failures: LogBudget,
+}
+
+impl Hub {
+    /// A hub without connections.
+    pub fn new(
+        guest_cid: u64,
+        listener: UnixListener,
+        connector: Option<Box<dyn Connector>>,
+    ) -> Self {
+        Self {
+            guest_cid,
+            listener,
+            connector,
+            connections: BTreeMap::new(),
+            streams: BTreeMap::new(),
+            handshakes: 0,
+            callers_wait: false,
+            ready: VecDeque::new(),
+            refusals: VecDeque::new(),
+            next_key: FIRST_STREAM,
+            next_port: FIRST_HOST_PORT,
+            failures: LogBudget::default(),
+        }
+    }
+
+    /// Begins to listen.
+    ///
+    /// # Errors
+    /// When the kernel refuses to watch the sockets.
+    pub fn start(&mut self, events: &Registrar) -> Result<(), event_loop::Error> {
+        let edge = EventSet::IN | EventSet::EDGE_TRIGGERED;
+        events.watch(&self.listener, LISTENER, edge)?;
+        if let Some(connector) = &self.connector {
+            events
+                .watch(connector.as_ref(), BROKER, edge)
+                .inspect_err(|_| events.unwatch(&self.listener))?;
+        }
+        Ok(())
+    }
+
+    /// Ends every connection and stops listening. Connections do not outlive the device's reset.
+    pub fn stop(&mut self, events: &Registrar) {
+        events.unwatch(&self.listener);
+        if let Some(connector) = &self.connector {
+            events.unwatch(connector.as_ref());
+        }
+        self.connections.clear();
+        self.streams.clear();
+        self.handshakes = 0;
+        self.ready.clear();
+        self.refusals.clear();
+    }
+
+    /// Does what an event on one of the sockets asks for.
+    pub fn handle(&mut self, events: &Registrar, key: u32, set: EventSet) -> Progress {
+        match key {
+            LISTENER => return self.accept(events),
+            BROKER => return self.take_answers(events),
+            _ => {}
+        }
+        match self.streams.get(&key) {
+            Some(&Stream::Connection(ports)) => {
+                if let Some(connection) = self.connections.get_mut(&ports) {
+                    connection.ready(set);
+                    if connection.state == State::Calling && connection.is_hung_up() {
+                        // The one who called has gone before the guest answered.
+                        self.reset(events, ports);
+                    } else {
+                        self.settle(events, ports);
+                    }
+                }
+            }
+            Some(Stream::Handshake(_)) => self.proceed(events, key, set),
+            // Closed since the event was fetched.
+            None => {}
+        }
+        Progress::Done
+    }
+
+    /// Accepts those who could not be accepted when they called: something may have been closed
+    /// since.
+    pub fn accept_waiting(&mut self, events: &Registrar) -> Progress {
+        if std::mem::take(&mut self.callers_wait) {
+            self.accept(events)
+        } else {
+            Progress::Done
+        }
+    }
+
+    fn accept(&mut self, events: &Registrar) -> Progress {
+        for _ in 0..BUDGET {
+            match self.listener.accept() {
+                Ok((stream, _)) => self.greet(events, stream),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    return Progress::Done;
+                }
+                Err(error)
+                    if matches!(
+                        error.kind(),
+                        io::ErrorKind::Interrupted | io::ErrorKind::ConnectionAborted
+                    ) => {}
+                Err(error) => {
+                    // Out of descriptors. The listener reports nobody twice.
+                    self.callers_wait = true;
+                    log!(
+                        self.failures.level(),
+                        "vsock: cannot accept a connection: {error}"
+                    );
+                    return Progress::Done;
+                }
+            }
+        }
+        Progress::More
+    }
+
+    /// Waits for a new caller's line, at the expense of the one that keeps us waiting longest.
+    fn greet(&mut self, events: &Registrar, stream: UnixStream) {
+        if self.handshakes >= MAX_HANDSHAKES {
+            let oldest = self
+                .streams
+                .iter()
+                .find_map(|(&key, stream)| matches!(stream, Stream::Handshake(_)).then_some(key));
+            if let Some(key) = oldest {
+                self.streams.remove(&key);
+                self.handshakes = self.handshakes.saturating_sub(1);
+            }
+        }
+        let key = self.new_key();
+        // The line may be there already: being watched reports it.
+        if let Err(error) = events.watch(&stream, key, STREAM_EVENTS) {
+            log!(self.failures.level(), "vsock: {error}");
+            return;
+        }
+        let handshake = Stream::Handshake(Handshake::new(stream));
+        self.streams.insert(key, handshake);
+        self.handshakes = self.handshakes.saturating_add(1);
+    }
+
+    fn proceed(&mut self, events: &Registrar, key: u32, set: EventSet) {
+        let Some(Stream::Handshake(handshake)) = self.streams.remove(&key) else {
+            return;
+        };
+        if set.intersects(EventSet::HANG_UP | EventSet::ERROR) {
+            // Nobody is there to be told that the guest accepted. This was the last news of that
+            // socket: a connection made of it would stay for as long as the guest likes.
+            self.handshakes = self.handshakes.saturating_sub(1);
+            return;
+        }
+        match handshake.proceed() {
+            handshake::Progress::Waiting(handshake) => {
+                self.streams.insert(key, Stream::Handshake(handshake));
+            }
+            handshake::Progress::Failed(stream) => {
+                self.handshakes = self.handshakes.saturating_sub(1);
+                events.unwatch(&stream);
+            }
+            handshake::Progress::Port(stream, port) => {
+                self.handshakes = self.handshakes.saturating_sub(1);
+                match self.room(events).and_then(|()| self.new_port(port)) {
+                    Some(ports) => {
+                        let connection = Connection::from_host(stream, key);
+                        self.connections.insert(ports, connection);
+                        self.streams.insert(key, Stream::Connection(ports));
+                        self.enqueue(ports);
+                    }
+                    None => events.unwatch(&stream),
+                }
+            }
+        }
+    }
+
+    fn take_answers(&mut self, events: &Registrar) -> Progress {
+        for _ in 0..BUDGET {
+            let Some(connector) = &mut self.connector else {
+                return Progress::Done;
+            };
+            match connector.receive() {
+                Ok(Some((request, result))) => self.answered(events, request, result),
+                Ok(None) => return Progress::Done,
+                Err(error) => {
+                    warn!("vsock: the guest can connect to the host no more: {error}");
+                    events.unwatch(connector.as_ref());
+                    self.connector = None;
+                    self.reset_all(events, |state| matches!(state, State::Asked { .. }));
+                }
+            }
+        }
+        Progress::More
+    }
+
+    fn answered(
+        &mut self,
+        events: &Registrar,
+        request: u64,
+        result: Result<std::os::fd::OwnedFd, String>,
+    ) {
+        let asked = State::Asked { request };
+        let found = self
+            .connections
+            .iter()
+            .find_map(|(&ports, connection)| (connection.state == asked).then_some(ports));
+        // The guest may have given up meanwhile; the new socket is then closed right here.
+        let Some(ports) = found else { return };
+        let connected = result.and_then(|descriptor| {
+            let stream = UnixStream::from(descriptor);
+            let key = self.new_key();
+            events
+                .watch(&stream, key, STREAM_EVENTS)
+                .map_err(|error| error.to_string())?;
+            Ok((stream, key))
+        });
+        match connected {
+            Ok((stream, key)) => {
+                self.streams.insert(key, Stream::Connection(ports));
+                if let Some(connection) = self.connections.get_mut(&ports) {
+                    connection.connected(stream, key);
+                }
+                self.enqueue(ports);
+            }
+            Err(error) => {
+                debug!("vsock: no connection to port {}: {error}", ports.host);
+                self.reset(events, ports);
+            }
+        }
+    }
+
+    /// After something happened to a connection: ends it if it is over, or lets it have a turn.
+    pub(super) fn settle(&mut self, events: &Registrar, ports: Ports) {
+        let Some(connection) = self.connections.get_mut(&ports) else {
+            return;
+        };
+        if connection.is_finished() {
+            self.reset(events, ports);
+        } else if connection.has_output() {
+            self.enqueue(ports);
+        }
+    }
+
+    fn enqueue(&mut self, ports: Ports) {
+        if let Some(connection) = self.connections.get_mut(&ports)
+            && !connection.queued
+        {
+            connection.queued = true;
+            self.ready.push_back(ports);
+        }
+    }
+
+    /// Ends a connection and tells the guest.
+    pub(super) fn reset(&mut self, events: &Registrar, ports: Ports) {
+        self.remove(events, ports);
+        self.refuse(&Header {
+            src_cid: self.guest_cid,
+            dst_cid: HOST_CID,
+            src_port: ports.guest,
+            dst_port: ports.host,
+            kind: STREAM,
+            ..Header::default()
+        });
+    }
+
+    fn reset_all(&mut self, events: &Registrar, which: impl Fn(State) -> bool) {
+        let found: Vec<Ports> = self
+            .connections
+            .iter()
+            .filter_map(|(&ports, connection)| which(connection.state).then_some(ports))
+            .collect();
+        for ports in found {
+            self.reset(events, ports);
+        }
+    }
+
+    pub(super) fn remove(&mut self, events: &Registrar, ports: Ports) {
+        self.hang_up(events, ports);
+        if let Some(connection) = self.connections.remove(&ports)
+            && connection.queued
+        {
+            self.ready.retain(|&other| other != ports);
+        }
+    }
+
+    /// Closes the socket of a connection.
+    pub(super) fn hang_up(&mut self, events: &Registrar, ports: Ports) {
+        if let Some(connection) = self.connections.get_mut(&ports)
+            && let Some(stream) = connection.take_stream()
+        {
+            events.unwatch(&stream);
+            self.streams.remove(&connection.key);
+        }
+    }
+
+    /// Makes sure that one more connection is allowed: one whose host program is gone, and which
+    /// the guest keeps nevertheless, makes room.
+    pub(super) fn room(&mut self, events: &Registrar) -> Option<()> {
+        if self.connections.len() >= MAX_CONNECTIONS {
+            let lingering = self.connections.iter().find_map(|(&ports, connection)| {
+                (connection.state == State::Lingering).then_some(ports)
+            })?;
+            self.reset(events, lingering);
+        }
+        Some(())
+    }
+
+    /// A key that no stream has.
+    fn new_key(&mut self) -> u32 {
+        // There are fewer streams than keys, so it ends.
+        loop {
+            let key = self.next_key;
+            self.next_key = key.checked_add(1).unwrap_or(FIRST_STREAM);
+            if !self.streams.contains_key(&key) {
+                return key;
+            }
+        }
+    }
+
+    /// A host port that has no connection to this port of the guest.
+    fn new_port(&mut self, guest: u32) -> Option<Ports> {
+        (0..=MAX_CONNECTIONS).find_map(|_| {
+            let host = self.next_port;
+            self.next_port = host.wrapping_add(1) | FIRST_HOST_PORT;
+            let ports = Ports { host, guest };
+            (host != u32::MAX && !self.connections.contains_key(&ports)).then_some(ports)
+        })
+    }
+
+    /// Connections there are, for tests.
+    #[cfg(test)]
+    pub fn counts(&self) -> (usize, usize, usize) {
+        (self.connections.len(), self.handshakes, self.streams.len())
+    }
+}

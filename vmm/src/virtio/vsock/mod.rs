@@ -1,0 +1,170 @@
+//! The socket device (virtio 1.2, section 5.10), in user space over Unix sockets of the host, by
+//! Firecracker's convention:
+//!
+//! - A program on the host connects to `uds_path`, sends `CONNECT <port>\n`, reads `OK <port>\n` once
+//!   the guest accepted, and then has the connection.
+//! - A program in the guest connects to CID 2 and a port; the host's end is a Unix socket that
+//!   listens on `<uds_path>_<port>`. The [broker](connector::Broker) connects there, for the sealed
+//!   device thread cannot.
+
+use std::io;
+use std::os::unix::net::UnixListener;
+
+use casemate_broker::client::Client;
+use thiserror::Error;
+
+use self::connector::{Broker, Connector};
+use self::hub::Hub;
+use super::device::{self, DeviceIo, DeviceType, Event, Queues, Traits, VirtioDevice, states};
+use super::queue::{Progress, QueueStates, Verdict};
+use crate::memory::iovec::IoVecBuffer;
+
+mod connection;
+mod connector;
+mod handshake;
+mod hub;
+mod packet;
+mod socket;
+#[cfg(test)]
+pub(super) mod testing;
+mod traffic;
+
+/// Receive, transmit, and event queue. No event exists that is ever sent yet.
+const QUEUE_SIZES: &[u16] = &[256, 256, 16];
+const TX: u16 = 1;
+/// Packets moved in one direction before the other devices get their turn.
+const BUDGET: usize = 64;
+/// Smallest CID of a guest.
+const FIRST_CID: u64 = 3;
+
+/// A socket device.
+pub struct VsockOptions {
+    /// The guest's address: 3 or more, and less than 2^32 - 1.
+    pub guest_cid: u64,
+    /// Where the host's sockets are.
+    pub uds_path: String,
+    /// Listens on `uds_path`.
+    pub listener: UnixListener,
+    /// Connects to `<uds_path>_<port>`; without one, the guest can only be called.
+    pub broker: Option<Client>,
+}
+
+/// Why a socket device could not be made.
+#[derive(Debug, Error)]
+pub enum Error {
+    /// The address is reserved or does not fit.
+    #[error("guest CID {0} is not between 3 and 4294967294")]
+    Cid(u64),
+    /// The listener cannot be used.
+    #[error("cannot make the vsock listener non-blocking: {0}")]
+    Listener(#[source] io::Error),
+}
+
+/// The socket device.
+pub struct Vsock {
+    guest_cid: u64,
+    hub: Hub,
+    running: Option<(Queues, DeviceIo)>,
+    pieces: IoVecBuffer,
+}
+
+impl Vsock {
+    /// A device without connections.
+    ///
+    /// # Errors
+    /// When the CID is reserved, or the listener cannot be made non-blocking.
+    pub fn new(options: VsockOptions) -> Result<Self, Error> {
+        let VsockOptions {
+            guest_cid,
+            uds_path,
+            listener,
+            broker,
+        } = options;
+        let connector =
+            broker.map(|client| Box::new(Broker::new(client, uds_path)) as Box<dyn Connector>);
+        Self::with(guest_cid, listener, connector)
+    }
+
+    fn with(
+        guest_cid: u64,
+        listener: UnixListener,
+        connector: Option<Box<dyn Connector>>,
+    ) -> Result<Self, Error> {
+        if !(FIRST_CID..u64::from(u32::MAX)).contains(&guest_cid) {
+            return Err(Error::Cid(guest_cid));
+        }
+        listener.set_nonblocking(true).map_err(Error::Listener)?;
+        Ok(Self {
+            guest_cid,
+            hub: Hub::new(guest_cid, listener, connector),
+            running: None,
+            pieces: IoVecBuffer::default(),
+        })
+    }
+}
+
+impl VirtioDevice for Vsock {
+    fn traits(&self) -> Traits {
+        Traits {
+            device_type: DeviceType::Vsock,
+            features: 0,
+            queue_sizes: QUEUE_SIZES,
+        }
+    }
+
+    fn config(&self) -> Vec<u8> {
+        self.guest_cid.to_le_bytes().to_vec()
+    }
+
+    fn start(&mut self, queues: Queues, _: u64, io: DeviceIo) -> Result<(), device::Error> {
+        self.hub.start(&io.events)?;
+        self.running = Some((queues, io));
+        Ok(())
+    }
+
+    fn stop(&mut self) -> QueueStates {
+        let Some((queues, io)) = self.running.take() else {
+            return QueueStates::default();
+        };
+        self.hub.stop(&io.events);
+        states(&queues)
+    }
+
+    fn handle(&mut self, event: Event) -> Result<Progress, device::Error> {
+        let Some((queues, io)) = &mut self.running else {
+            return Ok(Progress::Done);
+        };
+        let [receive, transmit, _] = queues;
+        let mut progress = Progress::Done;
+        match (event, transmit) {
+            (Event::Queue(TX), Some(queue)) => {
+                progress = queue.process(&io.memory, io.signal.as_ref(), BUDGET, |chain| {
+                    self.hub
+                        .take_packet(&io.events, &mut self.pieces, &io.memory, chain);
+                    Ok(Verdict::Used(0))
+                })?;
+            }
+            (Event::Ready { key, events }, _) => {
+                progress = self.hub.handle(&io.events, key, events);
+            }
+            (Event::Queue(_), _) => {}
+        }
+        progress = progress.or(self.hub.accept_waiting(&io.events));
+        // Whatever happened, there may be something for the guest now, or room in its ring.
+        if let Some(queue) = receive {
+            let sent = queue.process(&io.memory, io.signal.as_ref(), BUDGET, |chain| {
+                self.hub
+                    .give_packet(&io.events, &mut self.pieces, &io.memory, chain)
+            })?;
+            progress = progress.or(sent);
+        }
+        Ok(progress)
+    }
+}
+
+#[cfg(test)]
+#[path = "vsock_tests.rs"]
+mod tests;
+
+#[cfg(test)]
+mod broker_tests;
