@@ -1,0 +1,78 @@
+//! Ports, MMIO and the ways to end.
+
+use core::arch::asm;
+
+const I8042_COMMAND: u16 = 0x64;
+const I8042_RESET: u8 = 0xfe;
+/// The sleep control register: `SLP_TYP` 5 and `SLP_EN` (ACPI 6.5, section 4.8.3.7).
+const SLEEP_CONTROL: u64 = 0xc000_0000;
+const POWER_OFF: u8 = 5 << 2 | 1 << 5;
+/// The reset register and its value.
+const RESET: u64 = 0xc000_0002;
+const RESET_VALUE: u8 = 1;
+
+unsafe extern "C" {
+    fn crash() -> !;
+}
+
+/// Writes a byte to a port.
+pub fn outb(port: u16, value: u8) {
+    // SAFETY: ring 3 has IOPL 3, and a port write touches no memory of ours.
+    unsafe { asm!("out dx, al", in("dx") port, in("al") value, options(nomem, nostack)) };
+}
+
+/// Reads a register of a device.
+pub fn read32(address: u64) -> u32 {
+    // SAFETY: the identity map covers the MMIO hole; only windows named on the command line
+    // or by the constants above are read.
+    unsafe { (address as *const u32).read_volatile() }
+}
+
+/// Writes a register of a device.
+pub fn write32(address: u64, value: u32) {
+    // SAFETY: as in `read32`.
+    unsafe { (address as *mut u32).write_volatile(value) }
+}
+
+fn write8(address: u64, value: u8) {
+    // SAFETY: as in `read32`.
+    unsafe { (address as *mut u8).write_volatile(value) }
+}
+
+/// The time-stamp counter, to bound every wait.
+pub fn tsc() -> u64 {
+    // SAFETY: RDTSC reads a counter and nothing else.
+    unsafe { core::arch::x86_64::_rdtsc() }
+}
+
+/// Polls until `ready` or until some seconds (about ten at 3 GHz) have passed.
+pub fn wait_for(mut ready: impl FnMut() -> bool) -> Result<(), &'static str> {
+    let start = tsc();
+    while !ready() {
+        if tsc().wrapping_sub(start) > 30_000_000_000 {
+            return Err("timed out");
+        }
+        core::hint::spin_loop();
+    }
+    Ok(())
+}
+
+/// Spins for good.
+pub fn spin() -> ! {
+    loop {
+        core::hint::spin_loop();
+    }
+}
+
+/// Ends the machine: `reset` (i8042), `acpi-reset`, `poweroff`, `crash`, `spin`.
+pub fn end(how: &str) -> ! {
+    match how {
+        "poweroff" => write8(SLEEP_CONTROL, POWER_OFF),
+        "acpi-reset" => write8(RESET, RESET_VALUE),
+        // SAFETY: an invalid instruction with no gate for it: the machine shuts down.
+        "crash" => unsafe { crash() },
+        "spin" => {}
+        _ => outb(I8042_COMMAND, I8042_RESET),
+    }
+    spin()
+}

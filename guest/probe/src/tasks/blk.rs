@@ -1,0 +1,121 @@
+//! `blk`: reads a drive that holds [`pattern`] and verifies it; with `probe.write=1` also writes
+//! the inverted pattern to the last sector, flushes, and reads it back. `probe.drive=N` picks one.
+
+use super::Failure;
+use crate::cmdline::Cmdline;
+use crate::serial;
+use crate::virtio::{Buffer, Device};
+
+const BLOCK: u32 = 2;
+const F_RO: u64 = 1 << 5;
+const F_FLUSH: u64 = 1 << 9;
+const SECTOR: usize = 512;
+const AT_ONCE: usize = 16;
+
+const IN: u32 = 0;
+const OUT: u32 = 1;
+const FLUSH: u32 = 4;
+const GET_ID: u32 = 8;
+
+const OK: u8 = 0;
+const IO_ERROR: u8 = 1;
+
+/// The eight bytes that belong at `offset` (a multiple of eight) of the drive.
+fn pattern(offset: u64) -> [u8; 8] {
+    (offset ^ 0x5ca1_ab1e_0ddb_a11d).to_le_bytes()
+}
+
+struct Drive {
+    queue: crate::virtio::Queue,
+}
+
+impl Drive {
+    fn request(&mut self, kind: u32, sector: u64, data: Option<Buffer>) -> Result<u8, Failure> {
+        let mut header = [0u8; 16];
+        header[..4].copy_from_slice(&kind.to_le_bytes());
+        header[8..].copy_from_slice(&sector.to_le_bytes());
+        let mut status = [0xffu8];
+        let (head, tail) = (Buffer::out(&header), Buffer::into(&mut status));
+        match data {
+            Some(data) => self.queue.call(&[head, data, tail])?,
+            None => self.queue.call(&[head, tail])?,
+        };
+        // SAFETY: the device wrote it behind the compiler's back.
+        Ok(unsafe { status.as_ptr().read_volatile() })
+    }
+}
+
+pub fn run(cmdline: &Cmdline) -> Result<(), Failure> {
+    let index = cmdline.number("probe.drive").unwrap_or(0) as usize;
+    let device = Device::find(cmdline, BLOCK, index, F_RO | F_FLUSH)?;
+    let read_only = device.features() & F_RO != 0;
+    let queue = device.queue(0, 0)?;
+    device.finish()?;
+    let mut drive = Drive { queue };
+    let sectors = u64::from(device.config32(4)) << 32 | u64::from(device.config32(0));
+
+    let mut id = [0u8; 20];
+    if drive.request(GET_ID, 0, Some(Buffer::into(&mut id)))? != OK {
+        return Err("get-id failed");
+    }
+    if device.take_interrupts() & 1 == 0 || device.take_interrupts() != 0 {
+        return Err("the request raised no interrupt, or acknowledging it did nothing");
+    }
+    let text = id.split(|&byte| byte == 0).next().unwrap_or_default();
+    let text = core::str::from_utf8(text).unwrap_or("?");
+    serial::line(format_args!(
+        "probe: drive {text} sectors {sectors} read-only {read_only}"
+    ));
+
+    let mut data = [0u8; SECTOR * AT_ONCE];
+    let mut sector = 0;
+    while sector < sectors {
+        let count = (sectors - sector).min(AT_ONCE as u64);
+        let part = data.get_mut(..count as usize * SECTOR).ok_or("size")?;
+        if drive.request(IN, sector, Some(Buffer::into(part)))? != OK {
+            return Err("a read failed");
+        }
+        for (word, bytes) in part.chunks_exact(8).enumerate() {
+            if bytes != pattern(sector * SECTOR as u64 + word as u64 * 8) {
+                return Err("a sector does not hold the pattern");
+            }
+        }
+        sector += count;
+    }
+    let mut one = [0u8; SECTOR];
+    if drive.request(IN, sectors, Some(Buffer::into(&mut one)))? != IO_ERROR {
+        return Err("a read past the end did not fail");
+    }
+    if cmdline.number("probe.write") == Some(1) {
+        let last = sectors.checked_sub(1).ok_or("the drive is empty")?;
+        write_and_read_back(&mut drive, last, read_only)?;
+    }
+    Ok(())
+}
+
+fn write_and_read_back(drive: &mut Drive, sector: u64, read_only: bool) -> Result<(), Failure> {
+    let mut written = [0u8; SECTOR];
+    for (word, bytes) in written.chunks_exact_mut(8).enumerate() {
+        let at = sector * SECTOR as u64 + word as u64 * 8;
+        bytes.copy_from_slice(&(!u64::from_le_bytes(pattern(at))).to_le_bytes());
+    }
+    let status = drive.request(OUT, sector, Some(Buffer::out(&written)))?;
+    if read_only {
+        return if status == IO_ERROR {
+            Ok(())
+        } else {
+            Err("a write to a read-only drive did not fail")
+        };
+    }
+    if status != OK {
+        return Err("a write failed");
+    }
+    if drive.request(FLUSH, 0, None)? != OK {
+        return Err("flush failed");
+    }
+    let mut read = [0u8; SECTOR];
+    if drive.request(IN, sector, Some(Buffer::into(&mut read)))? != OK || read != written {
+        return Err("what was written did not come back");
+    }
+    Ok(())
+}

@@ -1,0 +1,30 @@
+//! What the probe can be told to do.
+
+mod blk;
+mod net;
+mod rng;
+mod vsock;
+
+use crate::cmdline::Cmdline;
+use crate::{machine, serial};
+
+/// Why a task failed, for the last line.
+pub type Failure = &'static str;
+
+/// Runs the task `name`.
+pub fn run(name: &str, cmdline: &Cmdline) -> Result<(), Failure> {
+    match name {
+        "boot" => Ok(()),
+        // Busy for good, so that a test can see how a spinning guest is ended.
+        "spin" => {
+            serial::line(format_args!("probe: spin"));
+            machine::spin()
+        }
+        "blk" => blk::run(cmdline),
+        "rng" => rng::run(cmdline),
+        "vsock" => vsock::echo(cmdline),
+        "vsock-connect" => vsock::connect(cmdline),
+        "net" => net::run(cmdline),
+        _ => Err("no such task"),
+    }
+}
