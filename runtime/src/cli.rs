@@ -1,0 +1,255 @@
+//! The command line.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::{ArgAction, Args, Parser, Subcommand};
+
+use crate::units::{parse_duration, parse_memory_mib};
+
+/// Run untrusted code in jailed microVMs.
+#[derive(Debug, Parser)]
+#[command(
+    name = "casemate",
+    version,
+    about,
+    disable_help_subcommand = true,
+    after_help = "Directories: CASEMATE_DATA_DIR (kernels and caches, default /var/lib/casemate), CASEMATE_STATE_DIR \
+                  (running machines, default /run/casemate), CASEMATE_LIBEXEC (casemate-jailer and casemate-vmm, default: \
+                  beside this program)."
+)]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// The subcommands.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Run a command in a new microVM, in the foreground
+    Run(Box<RunArgs>),
+    /// List running microVMs
+    #[command(visible_alias = "ls")]
+    Ps(PsArgs),
+    /// Show what confines a running microVM, as the kernel reports it
+    Inspect(InspectArgs),
+    /// Show what this host offers, what it means and how to mend it
+    Doctor(DoctorArgs),
+    /// Remove what killed runs left behind
+    Gc,
+    /// Register, list and remove guest kernels
+    #[command(disable_help_flag = true)]
+    Kernel(KernelArgs),
+    /// Carry bytes between a guest and the terminal (started by `run`)
+    #[command(hide = true)]
+    Monitor(MonitorArgs),
+}
+
+/// `casemate run`.
+#[derive(Debug, Args)]
+#[command(
+    after_help = "Exit code: the command's own; 128+n when a signal n ended it; 124 after --timeout; 125 when casemate failed; \
+                  126 or 127 when the command cannot be executed or does not exist in the guest."
+)]
+pub struct RunArgs {
+    /// Name of the machine: 1-64 of [A-Za-z0-9-] [default: made up]
+    #[arg(long)]
+    pub id: Option<String>,
+    /// Guest kernel: a name from `casemate kernel ls` or a file [default: the default kernel]
+    #[arg(long, value_name = "NAME|FILE")]
+    pub kernel: Option<String>,
+    /// Initial RAM disk to use instead of the composed one
+    #[arg(long, value_name = "FILE")]
+    pub initrd: Option<PathBuf>,
+    /// Root file system: a directory (made into a cached, read-only image) or an image file
+    #[arg(long, value_name = "DIR|IMAGE")]
+    pub rootfs: Option<PathBuf>,
+    /// File system of an image given with --rootfs (never guessed from its content)
+    #[arg(long, value_name = "TYPE", default_value = "erofs", value_parser = ["erofs", "ext4", "squashfs", "xfs", "btrfs"])]
+    pub rootfs_type: String,
+    /// Virtual CPUs, 1-32
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=32))]
+    pub cpus: u8,
+    /// Guest memory: MiB, or a number with the suffix M or G
+    #[arg(long, short = 'm', value_name = "SIZE", default_value = "512", value_parser = parse_memory_mib)]
+    pub memory: u64,
+    /// A further disk: raw image or block device; `:ro` makes it read-only
+    #[arg(long, value_name = "PATH[:ro]")]
+    pub disk: Vec<String>,
+    /// A network interface: an existing tap device
+    #[arg(long, value_name = "TAP")]
+    pub net: Vec<String>,
+    /// Network namespace in which the taps of --net are
+    #[arg(long, value_name = "PATH")]
+    pub netns: Option<PathBuf>,
+    /// Environment of the command; `KEY` alone takes the value from here
+    #[arg(long, short = 'e', value_name = "KEY[=VALUE]")]
+    pub env: Vec<String>,
+    /// Working directory of the command
+    #[arg(long, short = 'w', value_name = "DIR")]
+    pub workdir: Option<String>,
+    /// Host name in the guest [default: the machine's id]
+    #[arg(long)]
+    pub hostname: Option<String>,
+    /// Accepted for familiarity: a machine is always removed when it ends
+    #[arg(long)]
+    pub rm: bool,
+    /// End the machine after this long, with exit code 124 (e.g. 90, 30s, 5m)
+    #[arg(long, value_name = "DURATION", value_parser = parse_duration)]
+    pub timeout: Option<Duration>,
+    /// How long the command may take to end after a signal, before it is made to
+    #[arg(long, value_name = "DURATION", default_value = "10s", value_parser = parse_duration)]
+    pub stop_grace: Duration,
+    /// How long the guest may take to get ready
+    #[arg(long, value_name = "DURATION", default_value = "2m", value_parser = parse_duration)]
+    pub boot_timeout: Duration,
+    /// Show the guest's console (kernel messages) on standard error
+    #[arg(long)]
+    pub console: bool,
+    /// Write what confines the machine, as the kernel reports it, to FILE when the command starts (`-`: standard error)
+    #[arg(long, value_name = "FILE|-")]
+    pub confinement_report: Option<PathBuf>,
+    /// Give the command a terminal: yes, no or auto (when standard input and output are one)
+    #[arg(
+        long,
+        short = 't',
+        value_name = "WHEN",
+        default_value = "auto",
+        default_missing_value = "yes",
+        num_args = 0..=1,
+        require_equals = true,
+        value_parser = ["auto", "yes", "no"]
+    )]
+    pub tty: String,
+    /// Run the kernel alone, without init, root file system or command: standard input and output are its console
+    #[arg(long, conflicts_with_all = ["rootfs", "command", "env", "workdir", "console"])]
+    pub bare: bool,
+    /// Further words for the kernel command line
+    #[arg(long, value_name = "WORDS", allow_hyphen_values = true)]
+    pub append: Option<String>,
+    /// Leave one of the walls out where this host lacks it
+    #[arg(long, value_name = "WALL", value_parser = ["landlock"])]
+    pub allow_missing: Vec<String>,
+    /// The command and its arguments [default: /bin/sh]
+    #[arg(last = true, value_name = "CMD")]
+    pub command: Vec<String>,
+}
+
+/// `casemate ps`.
+#[derive(Debug, Args)]
+pub struct PsArgs {
+    /// As JSON
+    #[arg(long)]
+    pub json: bool,
+    /// Ids only
+    #[arg(long, short, conflicts_with = "json")]
+    pub quiet: bool,
+}
+
+/// `casemate inspect`.
+#[derive(Debug, Args)]
+pub struct InspectArgs {
+    /// Show the confinement (the only view so far, and thus required)
+    #[arg(long, action = ArgAction::SetTrue, required = true)]
+    pub confinement: bool,
+    /// As JSON
+    #[arg(long)]
+    pub json: bool,
+    /// The machine
+    pub id: String,
+}
+
+/// `casemate doctor`.
+#[derive(Debug, Args)]
+pub struct DoctorArgs {
+    /// As JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `casemate kernel`: its own module reads the rest.
+#[derive(Debug, Args)]
+pub struct KernelArgs {
+    /// Passed on.
+    #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+    pub args: Vec<std::ffi::OsString>,
+}
+
+/// `casemate monitor`: numbers of inherited descriptors.
+#[derive(Debug, Args)]
+pub struct MonitorArgs {
+    /// Socket to `run`
+    #[arg(long)]
+    pub control: i32,
+    /// Where the guest's init connects
+    #[arg(long)]
+    pub listener: Option<i32>,
+    /// Read end of the guest's console
+    #[arg(long)]
+    pub console: i32,
+    /// Write end of the guest's console
+    #[arg(long)]
+    pub console_input: Option<i32>,
+    /// Read end of the VMM's and the jailer's log
+    #[arg(long)]
+    pub log: i32,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    fn run(args: &[&str]) -> Result<RunArgs, clap::Error> {
+        let words = ["casemate", "run"].iter().chain(args);
+        match Cli::try_parse_from(words)?.command {
+            Command::Run(args) => Ok(*args),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn run_takes_what_it_documents() {
+        let args = run(&[
+            "--cpus",
+            "2",
+            "-m",
+            "1G",
+            "-e",
+            "A=b",
+            "--timeout",
+            "2m",
+            "--",
+            "ls",
+            "-l",
+        ])
+        .unwrap();
+        assert_eq!((args.cpus, args.memory), (2, 1024));
+        assert_eq!(args.timeout, Some(Duration::from_secs(120)));
+        assert_eq!(args.command, ["ls", "-l"]);
+        assert_eq!(args.tty, "auto");
+        assert_eq!(run(&["-t", "--", "sh"]).unwrap().tty, "yes");
+        assert_eq!(run(&["--tty=no"]).unwrap().tty, "no");
+    }
+
+    #[test]
+    fn bad_values_are_refused() {
+        for bad in [
+            &["--cpus", "0"][..],
+            &["--cpus", "33"],
+            &["--memory", "0"],
+            &["--memory", "x"],
+            &["--timeout", "-1"],
+            &["--bare", "--", "sh"],
+            &["--allow-missing", "seccomp"],
+        ] {
+            assert!(run(bad).is_err(), "{bad:?}");
+        }
+    }
+}

@@ -1,0 +1,118 @@
+//! The monitor's own walls, entered before the first byte from the guest.
+
+use std::collections::BTreeSet;
+use std::os::fd::{AsFd, AsRawFd, RawFd};
+
+use caps::CapSet;
+use casemate_broker::fdpass;
+use casemate_seccomp_filters::{Role, Stage};
+use landlock::{
+    ABI, Access, AccessFs, AccessNet, CompatLevel, Compatible, Ruleset, RulesetAttr, RulesetStatus,
+    Scope,
+};
+use nix::errno::Errno;
+use nix::sys::prctl;
+use nix::sys::signal::{SigSet, Signal};
+use nix::unistd::{Gid, Uid, setgroups, setresgid, setresuid};
+
+/// The newest Landlock that the monitor knows; older kernels give what they have.
+const LANDLOCK: ABI = ABI::V6;
+
+/// Which wall could not be built.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// A system call.
+    #[error("monitor: {step}: {source}")]
+    Step {
+        /// What was being done.
+        step: &'static str,
+        /// Why it failed.
+        source: Errno,
+    },
+    /// Capabilities.
+    #[error("monitor: drop capabilities: {0}")]
+    Capabilities(#[from] caps::errors::CapsError),
+    /// Landlock.
+    #[error("monitor: Landlock: {0}")]
+    Landlock(#[from] landlock::RulesetError),
+    /// No Landlock at all.
+    #[error(
+        "monitor: this kernel has no Landlock: see `casemate doctor`, or give --allow-missing=landlock"
+    )]
+    NoLandlock,
+    /// Seccomp.
+    #[error("monitor: {0}")]
+    Seccomp(#[from] casemate_seccomp_filters::Error),
+}
+
+fn step(step: &'static str) -> impl FnOnce(Errno) -> Error {
+    move |source| Error::Step { step, source }
+}
+
+/// Signals for a whole terminal's foreground group are for `run` to judge, not for the monitor.
+pub fn hold_signals() -> Result<(), Error> {
+    let mut held = SigSet::empty();
+    for signal in [
+        Signal::SIGINT,
+        Signal::SIGTERM,
+        Signal::SIGQUIT,
+        Signal::SIGHUP,
+        Signal::SIGUSR1,
+        Signal::SIGUSR2,
+    ] {
+        held.add(signal);
+    }
+    held.thread_block().map_err(step("hold signals"))
+}
+
+/// Closes every descriptor that is neither a standard stream nor kept: some caller may have leaked one to us.
+pub fn close_others(kept: &[&dyn AsFd]) {
+    let kept: BTreeSet<RawFd> = kept.iter().map(|fd| fd.as_fd().as_raw_fd()).collect();
+    let numbers: Vec<RawFd> = std::fs::read_dir("/proc/self/fd")
+        .into_iter()
+        .flatten()
+        .flatten()
+        .filter_map(|entry| entry.file_name().to_str()?.parse().ok())
+        .filter(|number| *number > 2 && !kept.contains(number))
+        .collect();
+    for number in numbers {
+        // That of the listing itself is closed already, and thus not taken over.
+        drop(fdpass::adopt(number));
+    }
+}
+
+/// Becomes the machine's user, without capabilities, file system, or any system call but those of moving bytes.
+pub fn enter(uid: u32, allow_missing_landlock: bool) -> Result<(), Error> {
+    let (user, group) = (Uid::from_raw(uid), Gid::from_raw(uid));
+    // The bounding set needs CAP_SETPCAP, so it goes first; leaving root then clears the other sets.
+    caps::clear(None, CapSet::Bounding)?;
+    setgroups(&[]).map_err(step("drop supplementary groups"))?;
+    setresgid(group, group, group).map_err(step("change the group id"))?;
+    setresuid(user, user, user).map_err(step("change the user id"))?;
+    for set in [
+        CapSet::Ambient,
+        CapSet::Inheritable,
+        CapSet::Effective,
+        CapSet::Permitted,
+    ] {
+        caps::clear(None, set)?;
+    }
+    // Its memory holds what passes through: no core file, and no look into it for others of the same user.
+    prctl::set_dumpable(false).map_err(step("forbid dumps"))?;
+    prctl::set_no_new_privs().map_err(step("set no_new_privs"))?;
+
+    let domain = Ruleset::default()
+        .set_compatibility(CompatLevel::BestEffort)
+        .handle_access(AccessFs::from_all(LANDLOCK))?
+        .handle_access(AccessNet::from_all(LANDLOCK))?
+        .scope(Scope::from_all(LANDLOCK))?
+        .create()?
+        .restrict_self()?;
+    if domain.ruleset == RulesetStatus::NotEnforced && !allow_missing_landlock {
+        return Err(Error::NoLandlock);
+    }
+    Ok(casemate_seccomp_filters::install(
+        Role::Monitor,
+        Stage::Sealed,
+    )?)
+}

@@ -1,0 +1,228 @@
+//! The machine config for the VMM, and the jailer's command line: two views of one [`Plan`].
+//!
+//! In the config, resources have names (`kernel`, `rootfs`, `disk0`); the jailer is told which path each name stands for, and
+//! the VMM never learns a path of the host.
+
+use std::ffi::OsString;
+use std::path::Path;
+
+use serde_json::{Value, json};
+
+use super::plan::Plan;
+use crate::cgroups::{self, Hierarchies};
+
+/// The vsock device's name: the jailer makes its socket, the broker connects beside it.
+pub const VSOCK: &str = "vsock";
+/// File name of that socket in the machine's directory.
+pub const VSOCK_SOCKET: &str = "v.sock";
+/// The guest's vsock address. Every machine has its own device, so all may have the same.
+const GUEST_CID: u32 = 3;
+
+/// The config in the VMM's (Firecracker's) schema.
+pub fn machine_config(plan: &Plan) -> Value {
+    let mut boot = json!({ "kernel_image_path": "kernel", "boot_args": plan.cmdline });
+    if plan.initrd.is_some() {
+        set(&mut boot, "initrd_path", json!("initrd"));
+    }
+    let drives: Vec<Value> = plan
+        .disks
+        .iter()
+        .map(|disk| {
+            json!({
+                "drive_id": disk.name,
+                "path_on_host": disk.name,
+                "is_root_device": false,
+                "is_read_only": disk.read_only,
+                "cache_type": if disk.read_only { "Unsafe" } else { "Writeback" },
+            })
+        })
+        .collect();
+    let interfaces: Vec<Value> = plan
+        .taps
+        .iter()
+        .enumerate()
+        .map(|(number, tap)| json!({ "iface_id": format!("net{number}"), "host_dev_name": tap }))
+        .collect();
+    let mut config = json!({
+        "boot-source": boot,
+        "machine-config": { "vcpu_count": plan.cpus, "mem_size_mib": plan.memory_mib },
+        "drives": drives,
+        "network-interfaces": interfaces,
+    });
+    if plan.spec.is_some() {
+        set(
+            &mut config,
+            "vsock",
+            json!({ "guest_cid": GUEST_CID, "uds_path": VSOCK }),
+        );
+        set(&mut config, "entropy", json!({}));
+    }
+    config
+}
+
+fn set(object: &mut Value, key: &str, value: Value) {
+    if let Some(map) = object.as_object_mut() {
+        map.insert(key.to_string(), value);
+    }
+}
+
+/// The jailer's arguments.
+pub fn jailer_arguments(
+    plan: &Plan,
+    uid: u32,
+    config: &Path,
+    socket: &Path,
+    host: &Hierarchies,
+) -> Vec<OsString> {
+    let mut args = Arguments(Vec::new());
+    args.option("--id", plan.id.as_str());
+    args.option("--exec-file", &plan.vmm);
+    args.option("--uid", uid.to_string());
+    args.option("--gid", uid.to_string());
+    args.flag("--new-pid-ns");
+    // Should this process be killed, nobody would end the machine.
+    args.flag("--die-with-parent");
+    let limits = host.limits(plan.memory_mib, plan.cpus);
+    if !limits.is_empty() {
+        args.option("--parent-cgroup", cgroups::PARENT);
+    }
+    for limit in limits {
+        args.option("--cgroup", format!("{}={}", limit.file, limit.value));
+    }
+    args.grant("--grant-ro", "config", config);
+    args.grant("--grant-ro", "kernel", &plan.kernel);
+    if let Some(initrd) = &plan.initrd {
+        args.grant("--grant-ro", "initrd", initrd);
+    }
+    for disk in &plan.disks {
+        let option = if disk.read_only {
+            "--grant-ro"
+        } else {
+            "--grant-rw"
+        };
+        args.grant(option, &disk.name, &disk.path);
+    }
+    for tap in &plan.taps {
+        args.option("--grant-tap", tap);
+    }
+    if let Some(netns) = &plan.netns {
+        args.option("--netns", netns);
+    }
+    if plan.spec.is_some() {
+        args.grant("--grant-listen", VSOCK, socket);
+    }
+    if plan.allow_missing_landlock {
+        args.flag("--allow-missing=landlock");
+    }
+    for word in [
+        "--",
+        "--no-api",
+        "--config-file",
+        "config",
+        "--level",
+        "warn",
+    ] {
+        args.flag(word);
+    }
+    args.0
+}
+
+struct Arguments(Vec<OsString>);
+
+impl Arguments {
+    fn flag(&mut self, name: &str) {
+        self.0.push(name.into());
+    }
+
+    fn option(&mut self, name: &str, value: impl AsRef<std::ffi::OsStr>) {
+        self.0.push(name.into());
+        self.0.push(value.as_ref().to_os_string());
+    }
+
+    fn grant(&mut self, option: &str, name: &str, path: &Path) {
+        let mut value = OsString::from(format!("{name}="));
+        value.push(path);
+        self.option(option, value);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::run::plan::Disk;
+
+    fn plan() -> Plan {
+        Plan {
+            id: "m1".parse().unwrap(),
+            vmm: "/x/casemate-vmm".into(),
+            jailer: "/x/casemate-jailer".into(),
+            kernel: "/k/vmlinux".into(),
+            kernel_name: "k".into(),
+            initrd: Some("/k/initrd".into()),
+            cmdline: "console=ttyS0".into(),
+            disks: vec![
+                Disk {
+                    name: "rootfs".into(),
+                    path: "/cache/r.erofs".into(),
+                    read_only: true,
+                },
+                Disk {
+                    name: "disk0".into(),
+                    path: "/data/d".into(),
+                    read_only: false,
+                },
+            ],
+            taps: vec!["tap7".into()],
+            netns: None,
+            cpus: 2,
+            memory_mib: 256,
+            spec: Some(Default::default()),
+            allow_missing_landlock: false,
+        }
+    }
+
+    #[test]
+    fn every_name_in_the_config_is_granted() {
+        let plan = plan();
+        let config = machine_config(&plan);
+        let args = jailer_arguments(
+            &plan,
+            900_000,
+            Path::new("/s/config.json"),
+            Path::new("/s/v.sock"),
+            &Hierarchies::default(),
+        );
+        let args: Vec<_> = args.iter().map(|word| word.to_str().unwrap()).collect();
+        let after = |option: &str, value: &str| args.windows(2).any(|pair| pair == [option, value]);
+        assert!(after("--grant-ro", "rootfs=/cache/r.erofs"));
+        assert!(after("--grant-rw", "disk0=/data/d"));
+        assert!(after("--grant-ro", "kernel=/k/vmlinux"));
+        assert!(after("--grant-ro", "initrd=/k/initrd"));
+        assert!(after("--grant-ro", "config=/s/config.json"));
+        assert!(after("--grant-tap", "tap7"));
+        assert!(after("--grant-listen", "vsock=/s/v.sock"));
+        assert!(after("--uid", "900000") && after("--gid", "900000"));
+        assert_eq!(config["drives"][0]["path_on_host"], "rootfs");
+        assert_eq!(config["drives"][0]["is_read_only"], true);
+        assert_eq!(config["drives"][1]["cache_type"], "Writeback");
+        assert_eq!(config["network-interfaces"][0]["host_dev_name"], "tap7");
+        assert_eq!(config["vsock"]["uds_path"], "vsock");
+        assert!(
+            !config.to_string().contains("/cache"),
+            "the VMM learns no path"
+        );
+    }
+
+    #[test]
+    fn a_bare_kernel_has_no_socket() {
+        let plan = Plan {
+            spec: None,
+            initrd: None,
+            ..plan()
+        };
+        let config = machine_config(&plan);
+        assert!(
+            config.get("vsock").is_none() && config["boot-source"].get("initrd_path").is_none()
+        );
+    }
+}

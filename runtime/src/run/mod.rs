@@ -1,0 +1,176 @@
+//! `casemate run`: a command in a new machine, in the foreground.
+//!
+//! Top to bottom: a [`plan`] is checked, the machine's directory and user id are taken ([`crate::state`]), its config is
+//! written ([`machine_config`]), monitor and jailer are started ([`children`]), and all is watched until both have ended
+//! ([`supervise`]). Whatever happens, dropping those in reverse removes everything.
+
+mod children;
+mod machine_config;
+mod plan;
+mod supervise;
+mod terminal;
+
+use std::io;
+use std::path::{Path, PathBuf};
+
+use casemate_broker::MachineIdError;
+use nix::errno::Errno;
+
+use crate::cgroups::Hierarchies;
+use crate::cli::RunArgs;
+use crate::places::{MissingProgram, Places};
+use crate::state::{self, Machine, Traits, UidRange};
+use crate::{inspect, kernels, rootfs};
+use children::Children;
+use plan::Plan;
+pub use plan::is_disk;
+use supervise::{Limits, Supervisor};
+
+/// Why nothing was run, or a run could not be seen to its end.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The id.
+    #[error("--id: {0}")]
+    Id(#[from] MachineIdError),
+    /// Not root.
+    #[error(
+        "running a machine needs root, to build its jail: the machine itself has no privileges"
+    )]
+    NotRoot,
+    /// Our programs.
+    #[error(transparent)]
+    Program(#[from] MissingProgram),
+    /// `/dev/kvm`.
+    #[error("/dev/kvm: {0}: see `casemate doctor`")]
+    NoKvm(&'static str),
+    /// A path.
+    #[error("{what} {}: {source}", path.display())]
+    File {
+        /// The option, or what was being done.
+        what: &'static str,
+        /// The path.
+        path: PathBuf,
+        /// Why it failed.
+        source: io::Error,
+    },
+    /// A directory or device where a file is expected.
+    #[error("{what} {}: not a regular file", path.display())]
+    NotAFile {
+        /// The option.
+        what: &'static str,
+        /// The path.
+        path: PathBuf,
+    },
+    /// Not a disk.
+    #[error("--disk {}: not a disk; give an image (a regular file) or a block device", .0.display())]
+    NotADisk(PathBuf),
+    /// Not an interface's name.
+    #[error("--net {0:?}: not the name of a network interface (1-15 characters, no / or =)")]
+    BadTap(String),
+    /// Named twice.
+    #[error("--net {0}: given twice")]
+    TwoTaps(String),
+    /// Not there.
+    #[error("--net {0}: no tap of that name exists: make it with `ip tuntap add {0} mode tap`")]
+    NoTap(String),
+    /// `-t` without a terminal.
+    #[error("--tty: standard input is not a terminal")]
+    NoTerminal,
+    /// A variable without a name.
+    #[error("--env {0:?}: give KEY=VALUE")]
+    BadEnvironment(String),
+    /// The command does not fit.
+    #[error("{0}")]
+    Command(casemate_init::protocol::Error),
+    /// `--bare` needs a file.
+    #[error("--bare: give the kernel as --kernel FILE")]
+    BareWithoutKernel,
+    /// There is nothing to run a command in.
+    #[error("--rootfs is missing: give a directory or an image with the command in it")]
+    NoRootfs,
+    /// The root file system.
+    #[error(transparent)]
+    Rootfs(#[from] rootfs::Error),
+    /// The kernel.
+    #[error(transparent)]
+    Kernel(#[from] kernels::Error),
+    /// The machine's directory.
+    #[error(transparent)]
+    State(#[from] state::Error),
+    /// A system call.
+    #[error("{what}: {source}")]
+    System {
+        /// What was being done.
+        what: &'static str,
+        /// Why it failed.
+        source: io::Error,
+    },
+    /// What confines the machine could not be read.
+    #[error("--confinement-report: {0}")]
+    Report(#[from] inspect::Error),
+}
+
+impl Error {
+    fn file(what: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Self + use<> {
+        let path = path.to_path_buf();
+        move |source| Self::File { what, path, source }
+    }
+
+    fn errno(what: &'static str) -> impl FnOnce(Errno) -> Self {
+        move |errno| Self::System {
+            what,
+            source: errno.into(),
+        }
+    }
+
+    fn system(what: &'static str) -> impl FnOnce(io::Error) -> Self {
+        move |source| Self::System { what, source }
+    }
+}
+
+/// Runs a machine to its end and returns the exit code.
+pub fn run(args: &RunArgs) -> Result<u8, Error> {
+    let places = Places::from_env();
+    let range = UidRange::from_env()?;
+    let plan = Plan::new(args, &places)?;
+
+    // Signals are held from here on and read from a descriptor: none can end this process before it has cleaned up.
+    let signals = supervise::hold_signals()?;
+    let traits = Traits {
+        cpus: plan.cpus,
+        memory_mib: plan.memory_mib,
+        kernel: plan.kernel_name.clone(),
+        command: plan
+            .spec
+            .as_ref()
+            .map(|spec| spec.argv.clone())
+            .unwrap_or_default(),
+    };
+    let mut machine = Machine::create(&places, &plan.id, range, traits)?;
+    let config =
+        serde_json::to_vec_pretty(&machine_config::machine_config(&plan)).unwrap_or_default();
+    let config = machine.write("config.json", &config)?;
+    let hierarchies = Hierarchies::read(Path::new("/"));
+    let socket = machine.path(machine_config::VSOCK_SOCKET);
+    let arguments =
+        machine_config::jailer_arguments(&plan, machine.uid(), &config, &socket, &hierarchies);
+
+    let children = Children::start(args, &plan, &mut machine, &socket, arguments)?;
+    let limits = Limits {
+        timeout: args.timeout,
+        stop_grace: args.stop_grace,
+        boot_timeout: (!args.bare).then_some(args.boot_timeout),
+    };
+    let tty = plan.spec.as_ref().is_some_and(|spec| spec.tty);
+    let supervisor = Supervisor::new(children, signals, limits, args, tty, &machine);
+    // While the guest boots there is time for what killed runs have left.
+    if let Err(error) = state::gc::try_run(&places) {
+        eprintln!("casemate: cannot collect what killed runs left: {error}");
+    }
+    let outcome = supervisor.run()?;
+    if outcome.all_ended {
+        machine.processes_ended();
+    }
+    drop(machine);
+    Ok(outcome.code)
+}
