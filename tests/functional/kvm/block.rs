@@ -1,0 +1,81 @@
+//! virtio-block against the probe's driver.
+
+use casemate_tests::{Vm, exit, pattern_disk, pattern_word};
+
+const SECTORS: u64 = 2048 + 3;
+
+#[test]
+fn reads_what_the_file_holds() {
+    let vm = Vm::probe("probe.task=blk");
+    let disk = vm.path("disk");
+    pattern_disk(&disk, SECTORS).unwrap();
+    let done = vm.drive("data", &disk, true).run().unwrap();
+    done.assert_line(&format!(
+        "probe: drive data sectors {SECTORS} read-only true"
+    ));
+    done.assert_line("probe: blk ok");
+    assert_eq!(done.code, exit::GUEST_RESET);
+}
+
+#[test]
+fn notices_a_sector_that_differs() {
+    let vm = Vm::probe("probe.task=blk");
+    let disk = vm.path("disk");
+    pattern_disk(&disk, SECTORS).unwrap();
+    let mut bytes = std::fs::read(&disk).unwrap();
+    bytes[1000 * 512 + 100] ^= 1;
+    std::fs::write(&disk, bytes).unwrap();
+    let done = vm.drive("data", &disk, true).run().unwrap();
+    done.assert_line("probe: blk FAIL: a sector does not hold the pattern");
+}
+
+#[test]
+fn writes_and_reads_back() {
+    let dir = tempfile::tempdir().unwrap();
+    let disk = dir.path().join("disk");
+    pattern_disk(&disk, 64).unwrap();
+    let done = Vm::probe("probe.task=blk probe.write=1")
+        .drive("data", &disk, false)
+        .run()
+        .unwrap();
+    done.assert_line("probe: blk ok");
+    let bytes = std::fs::read(&disk).unwrap();
+    assert_eq!(bytes.len(), 64 * 512);
+    for (index, word) in bytes.chunks_exact(8).enumerate() {
+        let offset = index as u64 * 8;
+        let right = pattern_word(offset);
+        let right = if offset >= 63 * 512 { !right } else { right };
+        assert_eq!(word, right.to_le_bytes(), "at byte {offset}");
+    }
+}
+
+#[test]
+fn a_read_only_drive_takes_no_writes() {
+    let dir = tempfile::tempdir().unwrap();
+    let disk = dir.path().join("disk");
+    pattern_disk(&disk, 64).unwrap();
+    let before = std::fs::read(&disk).unwrap();
+    let done = Vm::probe("probe.task=blk probe.write=1")
+        .drive("data", &disk, true)
+        .run()
+        .unwrap();
+    done.assert_line("probe: blk ok");
+    assert_eq!(std::fs::read(&disk).unwrap(), before);
+}
+
+#[test]
+fn several_drives_keep_apart() {
+    let mut vm = Vm::probe("probe.task=blk probe.drive=2");
+    for name in ["a", "b", "c"] {
+        let disk = vm.path(name);
+        if name == "c" {
+            pattern_disk(&disk, 32).unwrap();
+        } else {
+            std::fs::write(&disk, vec![0; 4096]).unwrap();
+        }
+        vm = vm.drive(name, &disk, true);
+    }
+    let done = vm.run().unwrap();
+    done.assert_line("probe: drive c sectors 32 read-only true");
+    done.assert_line("probe: blk ok");
+}

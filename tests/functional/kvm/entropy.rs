@@ -1,0 +1,18 @@
+//! virtio-rng against the probe's driver.
+
+use casemate_tests::Vm;
+
+#[test]
+fn gives_random_bytes() {
+    Vm::probe("probe.task=rng")
+        .entropy()
+        .run()
+        .unwrap()
+        .assert_line("probe: rng ok");
+}
+
+#[test]
+fn is_absent_unless_configured() {
+    let done = Vm::probe("probe.task=rng").run().unwrap();
+    done.assert_line("probe: rng FAIL: no such device on the command line");
+}

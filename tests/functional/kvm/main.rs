@@ -1,0 +1,10 @@
+//! The kvm tier: the probe guest on `/dev/kvm`, each device driven over real KVM.
+
+mod bad_input;
+mod block;
+mod boot;
+mod ending;
+mod entropy;
+mod net;
+mod runtime;
+mod vsock;

@@ -1,0 +1,161 @@
+//! virtio-vsock and its Unix sockets, in both directions.
+
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::Shutdown;
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::Path;
+use std::time::Duration;
+
+use casemate_tests::Vm;
+
+fn connect(path: &Path, port: u32) -> (UnixStream, String) {
+    let mut stream = UnixStream::connect(path).unwrap();
+    stream
+        .set_read_timeout(Some(Duration::from_secs(20)))
+        .unwrap();
+    writeln!(stream, "CONNECT {port}").unwrap();
+    let mut answer = String::new();
+    BufReader::with_capacity(1, &stream)
+        .read_line(&mut answer)
+        .unwrap();
+    (stream, answer)
+}
+
+/// Sends `data` while it reads the echo, then shuts down; what came back.
+fn echo(mut stream: UnixStream, data: &[u8]) -> Vec<u8> {
+    let mut writer = stream.try_clone().unwrap();
+    std::thread::scope(|scope| {
+        scope.spawn(move || {
+            writer.write_all(data).unwrap();
+            writer.shutdown(Shutdown::Write).unwrap();
+        });
+        let mut back = Vec::new();
+        stream.read_to_end(&mut back).unwrap();
+        back
+    })
+}
+
+fn megabyte() -> Vec<u8> {
+    (0..1u32 << 18)
+        .flat_map(|word| word.wrapping_mul(0x9e37_79b1).to_le_bytes())
+        .collect()
+}
+
+#[test]
+fn the_host_connects_and_a_megabyte_comes_back() {
+    for jailed in [false, true] {
+        let mut vm = Vm::probe("probe.task=vsock probe.port=52").vsock();
+        if !jailed {
+            vm = vm.unjailed();
+        }
+        let path = vm.vsock_path();
+        let vm = vm.start().unwrap();
+        vm.wait_for_line("probe: listening on 52").unwrap();
+        let (stream, answer) = connect(&path, 52);
+        assert!(answer.starts_with("OK "), "{answer}");
+        let data = megabyte();
+        assert!(echo(stream, &data) == data, "the echo differs");
+        let done = vm.wait().unwrap();
+        done.assert_line("probe: echoed 1048576 bytes");
+        done.assert_line("probe: vsock ok");
+    }
+}
+
+#[test]
+fn a_port_without_a_listener_closes_the_connection() {
+    let vm = Vm::probe("probe.task=vsock probe.port=52").vsock();
+    let path = vm.vsock_path();
+    let vm = vm.start().unwrap();
+    vm.wait_for_line("probe: listening on 52").unwrap();
+    assert_eq!(connect(&path, 53).1, "");
+    // The device lives on.
+    let (stream, answer) = connect(&path, 52);
+    assert!(answer.starts_with("OK "), "{answer}");
+    assert_eq!(echo(stream, b"still here"), b"still here");
+    vm.wait().unwrap().assert_line("probe: vsock ok");
+}
+
+#[test]
+fn peers_that_vanish_in_the_handshake_do_no_harm() {
+    let vm = Vm::probe("probe.task=vsock probe.port=52").vsock();
+    let path = vm.vsock_path();
+    let vm = vm.start().unwrap();
+    vm.wait_for_line("probe: listening on 52").unwrap();
+    let request = b"CONNECT 52\n";
+    for length in 0..request.len() - 1 {
+        let mut stream = UnixStream::connect(&path).unwrap();
+        stream.write_all(&request[..length]).unwrap();
+    }
+    for garbage in [
+        &b"HELLO\n"[..],
+        b"CONNECT\n",
+        b"CONNECT 99999999999\n",
+        &[b'C'; 4096],
+    ] {
+        let mut stream = UnixStream::connect(&path).unwrap();
+        stream
+            .set_read_timeout(Some(Duration::from_secs(20)))
+            .unwrap();
+        // It may have hung up already: that is a right answer too.
+        let _ = stream.write_all(garbage);
+        let mut answer = Vec::new();
+        let _ = stream.read_to_end(&mut answer);
+        assert!(answer.is_empty(), "{answer:?}");
+    }
+    let (stream, answer) = connect(&path, 52);
+    assert!(answer.starts_with("OK "), "{answer}");
+    assert_eq!(echo(stream, b"still here"), b"still here");
+    vm.wait().unwrap().assert_line("probe: vsock ok");
+}
+
+#[test]
+fn bytes_behind_the_newline_of_the_handshake_arrive() {
+    let vm = Vm::probe("probe.task=vsock probe.port=52").vsock();
+    let path = vm.vsock_path();
+    let vm = vm.start().unwrap();
+    vm.wait_for_line("probe: listening on 52").unwrap();
+    let mut stream = UnixStream::connect(&path).unwrap();
+    stream
+        .set_read_timeout(Some(Duration::from_secs(20)))
+        .unwrap();
+    stream.write_all(b"CONNECT 52\nearly").unwrap();
+    let mut answer = String::new();
+    BufReader::with_capacity(1, &stream)
+        .read_line(&mut answer)
+        .unwrap();
+    assert!(answer.starts_with("OK "), "{answer}");
+    assert_eq!(echo(stream, b" bird"), b"early bird");
+    vm.wait().unwrap().assert_line("probe: vsock ok");
+}
+
+#[test]
+fn the_guest_connects_through_the_broker() {
+    for jailed in [false, true] {
+        let mut vm = Vm::probe("probe.task=vsock-connect probe.port=1024").vsock();
+        if !jailed {
+            vm = vm.unjailed();
+        }
+        let path = format!("{}_1024", vm.vsock_path().display());
+        let listener = UnixListener::bind(&path).unwrap();
+        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o666)).unwrap();
+        let vm = vm.start().unwrap();
+        let (mut stream, _) = listener.accept().unwrap();
+        stream
+            .set_read_timeout(Some(Duration::from_secs(20)))
+            .unwrap();
+        let mut hello = [0; 5];
+        stream.read_exact(&mut hello).unwrap();
+        assert_eq!(&hello, b"hello");
+        let data = megabyte();
+        assert!(echo(stream, &data) == data, "the echo differs");
+        vm.wait().unwrap().assert_line("probe: vsock-connect ok");
+    }
+}
+
+#[test]
+fn the_guest_is_refused_where_nobody_listens() {
+    let vm = Vm::probe("probe.task=vsock-connect probe.port=1024").vsock();
+    let done = vm.run().unwrap();
+    done.assert_line("probe: vsock-connect FAIL: the host refused the connection");
+}

@@ -1,0 +1,114 @@
+//! How a run ends: its exit code, and nothing left behind.
+
+use std::time::Duration;
+
+use casemate_tests::Casemate;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use serde_json::Value;
+
+#[test]
+fn a_command_that_does_not_exist() {
+    let casemate = Casemate::new();
+    let rootfs = casemate_tests::rootfs();
+    let rootfs = rootfs.to_str().unwrap();
+    for (command, code) in [("/no/such/thing", 127), ("/etc/passwd", 126)] {
+        let done = casemate
+            .call(&["run", "--rootfs", rootfs, "--", command])
+            .unwrap();
+        assert_eq!(done.code, code, "{done:#?}");
+        assert!(done.stderr.contains(command), "{done:#?}");
+    }
+    casemate.assert_clean();
+}
+
+#[test]
+fn a_command_that_a_signal_ends() {
+    let done = Casemate::new().run(&[], "kill -9 $$").unwrap();
+    assert_eq!(done.code, 137, "{done:#?}");
+}
+
+#[test]
+fn a_timeout() {
+    let casemate = Casemate::new();
+    let done = casemate
+        .run(&["--timeout", "30s"], "echo started; sleep 1000")
+        .unwrap();
+    assert_eq!(
+        (done.code, done.stdout.as_str()),
+        (124, "started\n"),
+        "{done:#?}"
+    );
+    casemate.assert_clean();
+}
+
+#[test]
+fn sigterm_reaches_the_command_and_leaves_nothing() {
+    let casemate = Casemate::new();
+    let run = casemate.start(
+        &[],
+        "trap 'echo bye; exit 33' TERM; echo up; while :; do sleep 0.1; done",
+    );
+    let run = run.unwrap();
+    run.wait_for_line("up").unwrap();
+    let machines = casemate.call(&["ps", "--quiet"]).unwrap();
+    assert_eq!(machines.stdout.lines().count(), 1, "{machines:#?}");
+    run.signal(Signal::SIGTERM).unwrap();
+    let done = run.wait().unwrap();
+    assert_eq!(
+        (done.code, done.stdout.as_str()),
+        (33, "up\nbye\n"),
+        "{done:#?}"
+    );
+    casemate.assert_clean();
+    assert!(casemate.call(&["ps", "--quiet"]).unwrap().stdout.is_empty());
+}
+
+#[test]
+fn a_killed_run_is_cleaned_up_after() {
+    let casemate = Casemate::new();
+    let run = casemate.start(&[], "echo up; sleep 1000").unwrap();
+    run.wait_for_line("up").unwrap();
+    run.signal(Signal::SIGKILL).unwrap();
+    assert_eq!(run.wait().unwrap().code, 137);
+    // The machine dies with it; then what it had can go.
+    for _ in 0..100 {
+        assert_eq!(casemate.call(&["gc"]).unwrap().code, 0);
+        if casemate.left_behind().unwrap().is_empty() {
+            return;
+        }
+        std::thread::sleep(Duration::from_millis(200));
+    }
+    panic!("left behind: {:?}", casemate.left_behind());
+}
+
+#[test]
+fn a_guest_that_panics_is_reported_with_its_last_words() {
+    let done = Casemate::new()
+        .run(&[], "echo c > /proc/sysrq-trigger")
+        .unwrap();
+    assert_eq!(done.code, 125, "{done:#?}");
+    assert!(done.stderr.contains("Kernel panic"), "{done:#?}");
+}
+
+/// A signal to the VMM itself, past `casemate run`, presses the ACPI power button; the guest's init ends the command.
+#[test]
+fn the_power_button_ends_the_command() {
+    let casemate = Casemate::new();
+    let script = "trap 'echo bye; exit 33' TERM; echo up; while :; do sleep 0.1; done";
+    let run = casemate.start(&["--id", "button"], script).unwrap();
+    run.wait_for_line("up").unwrap();
+    let report = casemate.call(&["inspect", "--confinement", "--json", "button"]);
+    let report: Value = serde_json::from_str(&report.unwrap().stdout).unwrap();
+    let processes = report["processes"].as_array().unwrap();
+    let vmm = processes.iter().find(|process| process["role"] == "vmm");
+    let pid = vmm.and_then(|process| process["pid"].as_i64()).unwrap();
+    kill(Pid::from_raw(pid.try_into().unwrap()), Signal::SIGTERM).unwrap();
+    let done = run.wait().unwrap();
+    assert_eq!(
+        (done.code, done.stdout.as_str()),
+        (33, "up\nbye\n"),
+        "{done:#?}"
+    );
+    casemate.assert_clean();
+}

@@ -1,0 +1,101 @@
+//! What the guest finds: processors, memory, ACPI devices, its root file system.
+
+use casemate_tests::Casemate;
+
+#[test]
+fn the_guest_is_what_was_asked_for() {
+    let script =
+        "uname -s; nproc; grep MemTotal /proc/meminfo; hostname; pwd; echo $COLOUR; exit 7";
+    let options = [
+        "--cpus",
+        "4",
+        "--memory",
+        "256",
+        "--hostname",
+        "quarry",
+        "--workdir",
+        "/tmp",
+        "--env",
+        "COLOUR=teal",
+    ];
+    let done = Casemate::new().run(&options, script).unwrap();
+    assert_eq!(done.code, 7, "{done:#?}");
+    let lines: Vec<&str> = done.stdout.lines().collect();
+    let [system, cpus, memory, host, dir, colour] = lines[..] else {
+        panic!("{done:#?}");
+    };
+    assert_eq!(
+        (system, cpus, host, dir, colour),
+        ("Linux", "4", "quarry", "/tmp", "teal")
+    );
+    let kib: u64 = memory
+        .split_ascii_whitespace()
+        .nth(1)
+        .unwrap()
+        .parse()
+        .unwrap();
+    assert!((180 << 10..=256 << 10).contains(&kib), "{memory}");
+}
+
+#[test]
+fn acpi_names_the_devices() {
+    let script = "ls /sys/bus/acpi/devices; grep -o 'virtio_mmio.device' /proc/cmdline; \
+                  cat /sys/class/tty/ttyS0/type; ls /sys/bus/virtio/devices; \
+                  cat /sys/devices/system/clocksource/clocksource0/current_clocksource";
+    let done = Casemate::new().run(&[], script).unwrap();
+    // Virtio windows, serial port, keyboard controller, power button, generic event device.
+    for id in [
+        "LNRO0005:00",
+        "PNP0501:00",
+        "PNP0303:00",
+        "PNP0C0C:00",
+        "ACPI0013:00",
+    ] {
+        done.assert_line(id);
+    }
+    done.assert_line("virtio0");
+    // A 16550A was found there.
+    done.assert_line("4");
+    assert!(
+        !done.stdout.contains("virtio_mmio.device"),
+        "named twice: {done:#?}"
+    );
+    assert!(
+        done.stdout
+            .lines()
+            .any(|line| line == "kvm-clock" || line == "tsc"),
+        "no paravirtual clock: {done:#?}"
+    );
+}
+
+#[test]
+fn each_boot_has_its_own_kernel_addresses() {
+    let address = || {
+        let done = Casemate::new()
+            .run(&[], "grep -m1 ' _text$' /proc/kallsyms")
+            .unwrap();
+        assert_eq!(done.code, 0, "{done:#?}");
+        done.stdout
+    };
+    // One chance in 470 that two boots agree, one in 220,900 that three do.
+    let first = address();
+    assert!(
+        first != address() || first != address(),
+        "no KASLR: {first}"
+    );
+}
+
+#[test]
+fn the_root_can_be_written_and_forgets() {
+    let casemate = Casemate::new();
+    let done = casemate
+        .run(&[], "echo changed > /etc/passwd && cat /etc/passwd")
+        .unwrap();
+    assert_eq!(
+        (done.code, done.stdout.as_str()),
+        (0, "changed\n"),
+        "{done:#?}"
+    );
+    let done = casemate.run(&[], "cat /etc/passwd").unwrap();
+    assert!(done.stdout.starts_with("root:x:0:0"), "{done:#?}");
+}

@@ -1,0 +1,8 @@
+//! The linux tier: an unmodified distribution kernel, driven as a user would drive it.
+
+mod devices;
+mod ending;
+mod images;
+mod machine;
+mod streams;
+mod vmm;

@@ -1,0 +1,31 @@
+//! The harness: what a test needs to start a microVM as a user would, and to look at it.
+//!
+//! ```no_run
+//! use casemate_tests::{Vm, exit};
+//! let vm = Vm::probe("probe.task=rng").entropy();
+//! let done = vm.run().unwrap();
+//! done.assert_line("probe: rng ok");
+//! assert_eq!(done.code, exit::GUEST_RESET);
+//! ```
+
+mod disk;
+mod netns;
+mod process;
+mod run;
+mod vm;
+
+pub use casemate_broker::exit;
+pub use disk::{pattern_disk, pattern_word};
+pub use netns::Netns;
+pub use process::{Finished, Running};
+pub use run::{Casemate, kernel_file, rootfs};
+pub use vm::{Vm, bin, bin_dir};
+
+use std::sync::atomic::{AtomicU32, Ordering};
+
+/// An id that no other test uses, also when several test programs run at once.
+pub fn unique_id(prefix: &str) -> String {
+    static NEXT: AtomicU32 = AtomicU32::new(0);
+    let number = NEXT.fetch_add(1, Ordering::Relaxed);
+    format!("{prefix}-{}-{number}", std::process::id())
+}

@@ -1,0 +1,230 @@
+//! A microVM to be: its machine config, and whether it runs in a jail.
+
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, Result};
+use serde_json::{Value, json};
+use tempfile::TempDir;
+
+use crate::process::{Finished, Running};
+use crate::unique_id;
+
+/// Uid and gid of the jailed VMs of the tests: no account has them.
+const UID: u32 = 950_000;
+
+/// Where the programs under test are: `CASEMATE_BIN_DIR`, or where `cargo xtask build` puts them.
+pub fn bin_dir() -> PathBuf {
+    std::env::var_os("CASEMATE_BIN_DIR").map_or_else(
+        || {
+            let tests = Path::new(env!("CARGO_MANIFEST_DIR"));
+            let project = tests.parent().unwrap_or(tests);
+            project.join("target/x86_64-unknown-linux-gnu/release")
+        },
+        PathBuf::from,
+    )
+}
+
+/// One program under test.
+pub fn bin(name: &str) -> PathBuf {
+    bin_dir().join(name)
+}
+
+/// A microVM to be.
+pub struct Vm {
+    dir: TempDir,
+    config: Value,
+    jailed: bool,
+    id: String,
+    grants: Vec<(&'static str, String)>,
+    jailer_args: Vec<String>,
+    vmm_args: Vec<String>,
+}
+
+impl Vm {
+    /// The probe guest with `task` on its command line: one vCPU, 128 MiB, in the jail.
+    pub fn probe(task: &str) -> Self {
+        Self::kernel(&bin("casemate-probe"), &format!("acpi=off {task}"))
+    }
+
+    /// A guest of `kernel` with the command line `args`: one vCPU, 128 MiB, in the jail.
+    #[track_caller]
+    pub fn kernel(kernel: &Path, args: &str) -> Self {
+        let dir = tempfile::Builder::new().prefix("casemate-test-").tempdir();
+        // A harness without a directory has nothing to test with.
+        let dir = dir.unwrap_or_else(|error| panic!("no temporary directory: {error}"));
+        // The jailed VM's uid must be able to reach the sockets in it.
+        let open = std::fs::Permissions::from_mode(0o755);
+        std::fs::set_permissions(dir.path(), open).unwrap_or_else(|error| panic!("{error}"));
+        let kernel = kernel.to_string_lossy().into_owned();
+        Self {
+            config: json!({
+                "boot-source": { "kernel_image_path": kernel, "boot_args": args },
+                "machine-config": { "vcpu_count": 1, "mem_size_mib": 128 },
+            }),
+            dir,
+            jailed: true,
+            id: unique_id("test"),
+            grants: vec![("--grant-ro", kernel)],
+            jailer_args: Vec::new(),
+            vmm_args: Vec::new(),
+        }
+    }
+
+    /// Without the jailer: the VMM opens its own files.
+    #[must_use]
+    pub fn unjailed(mut self) -> Self {
+        self.jailed = false;
+        self
+    }
+
+    /// Changes the machine config: `pointer` as in RFC 6901.
+    #[must_use]
+    pub fn set(mut self, pointer: &str, value: Value) -> Self {
+        let (parent, key) = pointer.rsplit_once('/').unwrap_or(("", pointer));
+        if let Some(object) = self
+            .config
+            .pointer_mut(parent)
+            .and_then(Value::as_object_mut)
+        {
+            object.insert(key.to_owned(), value);
+        }
+        self
+    }
+
+    /// Adds a drive.
+    #[must_use]
+    pub fn drive(mut self, id: &str, path: &Path, read_only: bool) -> Self {
+        let path = path.to_string_lossy().into_owned();
+        self.push(
+            "drives",
+            json!({ "drive_id": id, "path_on_host": path, "is_root_device": false,
+                    "is_read_only": read_only, "cache_type": "Writeback" }),
+        );
+        self.grants.push((
+            if read_only {
+                "--grant-ro"
+            } else {
+                "--grant-rw"
+            },
+            path,
+        ));
+        self
+    }
+
+    /// Adds a network interface on the tap `tap`.
+    #[must_use]
+    pub fn net(mut self, tap: &str, mac: &str) -> Self {
+        self.push(
+            "network-interfaces",
+            json!({ "iface_id": "eth0", "host_dev_name": tap, "guest_mac": mac }),
+        );
+        self.grants.push(("--grant-tap", tap.to_owned()));
+        self
+    }
+
+    /// Adds a vsock device with guest CID 3; its socket is [`Vm::vsock_path`].
+    #[must_use]
+    pub fn vsock(mut self) -> Self {
+        let path = self.vsock_path().to_string_lossy().into_owned();
+        self.config["vsock"] = json!({ "guest_cid": 3, "uds_path": path });
+        self.grants.push(("--grant-listen", path));
+        self
+    }
+
+    /// Adds an entropy device.
+    #[must_use]
+    pub fn entropy(mut self) -> Self {
+        self.config["entropy"] = json!({});
+        self
+    }
+
+    /// One more flag for the jailer.
+    #[must_use]
+    pub fn jailer_arg(mut self, arg: &str) -> Self {
+        self.jailer_args.push(arg.to_owned());
+        self
+    }
+
+    /// One more flag for the VMM.
+    #[must_use]
+    pub fn vmm_arg(mut self, arg: &str) -> Self {
+        self.vmm_args.push(arg.to_owned());
+        self
+    }
+
+    /// With this id instead of one of the harness's.
+    #[must_use]
+    pub fn id(mut self, id: &str) -> Self {
+        id.clone_into(&mut self.id);
+        self
+    }
+
+    /// The VM's id.
+    pub fn name(&self) -> &str {
+        &self.id
+    }
+
+    /// The test's own directory, gone when the VM is.
+    pub fn dir(&self) -> &Path {
+        self.dir.path()
+    }
+
+    /// A file of the test's own.
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    /// The vsock device's socket.
+    pub fn vsock_path(&self) -> PathBuf {
+        self.path("v.sock")
+    }
+
+    fn push(&mut self, list: &str, item: Value) {
+        if let Some(items) = self.config[list].as_array_mut() {
+            items.push(item);
+        } else {
+            self.config[list] = json!([item]);
+        }
+    }
+
+    /// The command that starts it; the config is written to the test's directory.
+    pub fn command(&self) -> Result<Command> {
+        let config = self.path("config.json");
+        std::fs::write(&config, self.config.to_string()).context("writing the machine config")?;
+        let mut command;
+        if self.jailed {
+            command = Command::new(bin("casemate-jailer"));
+            command.args(["--id", &self.id, "--new-pid-ns", "--exec-file"]);
+            command.arg(bin("casemate-vmm"));
+            command.args(["--uid", &UID.to_string(), "--gid", &UID.to_string()]);
+            for (flag, value) in &self.grants {
+                command.args([*flag, value]);
+            }
+            command
+                .arg("--grant-ro")
+                .arg(format!("config={}", config.display()));
+            command.args(&self.jailer_args);
+            command.args(["--", "--no-api", "--config-file", "config"]);
+        } else {
+            command = Command::new(bin("casemate-vmm"));
+            command
+                .args(["--no-api", "--id", &self.id, "--config-file"])
+                .arg(&config);
+        }
+        command.args(&self.vmm_args);
+        Ok(command)
+    }
+
+    /// Starts it.
+    pub fn start(self) -> Result<Running> {
+        let command = self.command()?;
+        Running::start(command, Some(self.dir))
+    }
+
+    /// Starts it, and waits for its end.
+    pub fn run(self) -> Result<Finished> {
+        self.start()?.wait()
+    }
+}
