@@ -1,0 +1,116 @@
+//! Linux guests for the demo and the tests: a registered kernel and a small root file system.
+
+use std::fs;
+use std::os::unix::fs::symlink;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use anyhow::{Context, Result, bail};
+
+use crate::artifacts::Artifacts;
+use crate::packages::{self, Flavour};
+use crate::workspace::{kernels_dir, say};
+
+/// Registers a distribution's kernel with `casemate kernel add`, unless it is registered already.
+/// `data` is the `CASEMATE_DATA_DIR`; the kernel's name there is returned.
+///
+/// # Errors
+/// When it cannot be downloaded or registered.
+pub fn register(artifacts: &Artifacts, data: &Path, flavour: Flavour) -> Result<&'static str> {
+    let name = match flavour {
+        Flavour::Generic => "generic",
+        Flavour::Cloud => "cloud",
+    };
+    if !data.join("kernels").join(name).exists() {
+        packages::install(&[&packages::XZ])?;
+        let deb = packages::kernel_deb(flavour, &kernels_dir())?;
+        add(artifacts, data, name, &["--deb"], &deb)?;
+    }
+    Ok(name)
+}
+
+/// Registers a kernel file anew, as `name`.
+///
+/// # Errors
+/// When `casemate kernel add` refuses it.
+pub fn register_file(artifacts: &Artifacts, data: &Path, name: &str, file: &Path) -> Result<()> {
+    if data.join("kernels").join(name).exists() {
+        casemate_kernel(artifacts, data, &["rm", name])?;
+    }
+    add(artifacts, data, name, &[], file)
+}
+
+fn add(artifacts: &Artifacts, data: &Path, name: &str, option: &[&str], file: &Path) -> Result<()> {
+    say(format_args!(
+        "registering {} as the guest kernel `{name}`",
+        file.display()
+    ));
+    fs::create_dir_all(data).with_context(|| format!("create {}", data.display()))?;
+    let file = file
+        .to_str()
+        .with_context(|| format!("{} is not UTF-8", file.display()))?;
+    let words: Vec<&str> = ["add", "--name", name]
+        .iter()
+        .chain(option)
+        .chain(&[file])
+        .copied()
+        .collect();
+    casemate_kernel(artifacts, data, &words)
+}
+
+fn casemate_kernel(artifacts: &Artifacts, data: &Path, words: &[&str]) -> Result<()> {
+    let status = Command::new(artifacts.program("casemate"))
+        .env("CASEMATE_DATA_DIR", data)
+        .arg("kernel")
+        .args(words)
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .status()
+        .context("run casemate kernel")?;
+    if !status.success() {
+        bail!("casemate kernel {} failed ({status})", words.join(" "));
+    }
+    Ok(())
+}
+
+/// Makes a root file system of nothing but a static busybox at `dir`, unless it is there.
+///
+/// # Errors
+/// When busybox is not static or something cannot be written.
+pub fn busybox_rootfs(dir: &Path) -> Result<()> {
+    packages::install(&[&packages::BUSYBOX])?;
+    if dir.exists() {
+        return Ok(());
+    }
+    let busybox = packages::BUSYBOX
+        .files
+        .iter()
+        .map(PathBuf::from)
+        .find(|path| path.exists());
+    let busybox = busybox.context("no busybox")?;
+    let parent = dir.parent().context("no parent directory")?;
+    fs::create_dir_all(parent)?;
+    let partial = tempfile::Builder::new()
+        .prefix(".rootfs-")
+        .tempdir_in(parent)?;
+    for name in ["bin", "dev", "etc", "proc", "root", "run", "sys", "tmp"] {
+        fs::create_dir(partial.path().join(name))?;
+    }
+    let bin = partial.path().join("bin");
+    fs::copy(&busybox, bin.join("busybox"))?;
+    let applets = Command::new(&busybox)
+        .arg("--list")
+        .output()
+        .context("run busybox --list")?;
+    for applet in String::from_utf8_lossy(&applets.stdout).lines() {
+        if applet != "busybox" {
+            symlink("busybox", bin.join(applet)).with_context(|| format!("link {applet}"))?;
+        }
+    }
+    fs::write(
+        partial.path().join("etc/passwd"),
+        "root:x:0:0:root:/root:/bin/sh\n",
+    )?;
+    fs::write(partial.path().join("etc/group"), "root:x:0:\n")?;
+    fs::rename(partial.keep(), dir).with_context(|| format!("rename to {}", dir.display()))
+}

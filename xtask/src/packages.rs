@@ -1,0 +1,217 @@
+//! Debian packages: installing what a task needs, and downloading kernels without installing them.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use anyhow::{Context, Result, bail};
+
+use crate::workspace::say;
+
+/// A program that a task needs, and the package that has it.
+pub struct Need {
+    /// The file whose presence proves that the package is there: any of these will do.
+    pub files: &'static [&'static str],
+    /// Debian's name of the package.
+    pub package: &'static str,
+    /// What it is needed for, as the end of "installing PACKAGE: ".
+    pub reason: &'static str,
+}
+
+/// QEMU: the lab, and the peer in the benchmark.
+pub const QEMU: Need = Need {
+    files: &["/usr/bin/qemu-system-x86_64"],
+    package: "qemu-system-x86",
+    reason: "the lab is a machine that it emulates",
+};
+/// A static busybox: root file systems of test guests, and the lab's modprobe.
+pub const BUSYBOX: Need = Need {
+    files: &["/bin/busybox", "/usr/bin/busybox"],
+    package: "busybox-static",
+    reason: "test guests need a root file system",
+};
+/// `mkfs.erofs`, with which `casemate run --rootfs DIR` makes an image.
+pub const EROFS: Need = Need {
+    files: &["/usr/bin/mkfs.erofs"],
+    package: "erofs-utils",
+    reason: "a guest's root file system becomes an erofs image",
+};
+/// `ip`, with which the tests make taps and network namespaces of their own.
+pub const IPROUTE: Need = Need {
+    files: &["/usr/bin/ip", "/usr/sbin/ip", "/sbin/ip", "/bin/ip"],
+    package: "iproute2",
+    reason: "tests of network devices make taps in namespaces",
+};
+/// `xz`, which dpkg-deb and the kernel's payload use.
+pub const XZ: Need = Need {
+    files: &["/usr/bin/xz"],
+    package: "xz-utils",
+    reason: "kernel packages and modules may be compressed with it",
+};
+
+/// Installs those packages of `needs` that are missing.
+///
+/// # Errors
+/// When something is missing and cannot be installed: the message says what to install by hand.
+pub fn install(needs: &[&Need]) -> Result<()> {
+    let missing: Vec<_> = needs
+        .iter()
+        .filter(|need| !need.files.iter().any(|file| Path::new(file).exists()))
+        .collect();
+    if missing.is_empty() {
+        return Ok(());
+    }
+    let names: Vec<_> = missing.iter().map(|need| need.package).collect();
+    let by_hand = format!("install by hand: apt-get install {}", names.join(" "));
+    if !Path::new("/usr/bin/apt-get").exists() {
+        bail!(
+            "missing {} and no apt-get here; {by_hand} (or its like)",
+            names.join(", ")
+        );
+    }
+    if !nix::unistd::geteuid().is_root() {
+        bail!(
+            "missing {}, and only root can install it; {by_hand}",
+            names.join(", ")
+        );
+    }
+    for need in &missing {
+        say(format_args!("installing {}: {}", need.package, need.reason));
+    }
+    let install = |quiet: bool| {
+        let mut apt = Command::new("apt-get");
+        // Another apt may be at work on a machine that was just started.
+        apt.args(["-o", "DPkg::Lock::Timeout=300"]);
+        apt.args(["install", "--yes", "--no-install-recommends", "-qq"])
+            .args(&names);
+        apt.env("DEBIAN_FRONTEND", "noninteractive")
+            .stdin(Stdio::null())
+            .stdout(Stdio::null());
+        if quiet {
+            apt.stderr(Stdio::null());
+        }
+        apt.status().context("run apt-get install")
+    };
+    // A fresh machine has no package lists, or old ones: fetch them only when that shows.
+    if install(true)?.success() {
+        return Ok(());
+    }
+    update_lists()?;
+    if !install(false)?.success() {
+        bail!("apt-get could not install {}; {by_hand}", names.join(", "));
+    }
+    Ok(())
+}
+
+fn update_lists() -> Result<()> {
+    say("fetching the package lists (apt-get update)");
+    let status = Command::new("apt-get")
+        .args(["update", "-qq"])
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .status()
+        .context("run apt-get update")?;
+    if !status.success() {
+        bail!("apt-get update failed: {status}; is the package mirror reachable?");
+    }
+    Ok(())
+}
+
+/// Which of Debian's kernels.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Flavour {
+    /// `linux-image-amd64`: every driver, 9p among them. The lab's kernel.
+    Generic,
+    /// `linux-image-cloud-amd64`: small, boots faster. The guests' kernel.
+    Cloud,
+}
+
+impl Flavour {
+    fn metapackage(self) -> &'static str {
+        match self {
+            Self::Generic => "linux-image-amd64",
+            Self::Cloud => "linux-image-cloud-amd64",
+        }
+    }
+
+    fn matches(self, file: &str) -> bool {
+        file.starts_with("linux-image-")
+            && file.ends_with(".deb")
+            && file.contains("amd64_")
+            && !file.contains("-rt-")
+            && file.contains("-cloud-") == (self == Self::Cloud)
+    }
+}
+
+/// The `.deb` of a kernel in `dir`, downloaded (never installed) when it is not there yet.
+///
+/// # Errors
+/// When it has to be downloaded and apt cannot.
+pub fn kernel_deb(flavour: Flavour, dir: &Path) -> Result<PathBuf> {
+    fs::create_dir_all(dir).with_context(|| format!("create {}", dir.display()))?;
+    if let Some(found) = newest_deb(flavour, dir)? {
+        return Ok(found);
+    }
+    // Old lists name a version that the mirror has no more.
+    if !download(flavour, dir)? {
+        update_lists()?;
+        if !download(flavour, dir)? {
+            let name = flavour.metapackage();
+            bail!(
+                "apt-get could not download {name}'s kernel; put its .deb into {}",
+                dir.display()
+            );
+        }
+    }
+    newest_deb(flavour, dir)?.with_context(|| format!("no kernel package in {}", dir.display()))
+}
+
+fn download(flavour: Flavour, dir: &Path) -> Result<bool> {
+    let package = concrete_package(flavour)?;
+    say(format_args!(
+        "downloading {package} (to be unpacked, not installed)"
+    ));
+    let status = Command::new("apt-get")
+        // Else apt complains that its own user cannot write to this directory.
+        .args(["-o", "APT::Sandbox::User=root", "-qq", "download", &package])
+        .current_dir(dir)
+        .stdin(Stdio::null())
+        .status()
+        .context("run apt-get download")?;
+    Ok(status.success())
+}
+
+fn newest_deb(flavour: Flavour, dir: &Path) -> Result<Option<PathBuf>> {
+    let mut found = Vec::new();
+    for entry in fs::read_dir(dir).with_context(|| format!("read {}", dir.display()))? {
+        let entry = entry?;
+        if flavour.matches(&entry.file_name().to_string_lossy()) {
+            found.push((entry.metadata()?.modified()?, entry.path()));
+        }
+    }
+    found.sort();
+    Ok(found.pop().map(|(_, path)| path))
+}
+
+/// The package that the metapackage depends on: `linux-image-6.1.0-56-amd64` and the like.
+fn concrete_package(flavour: Flavour) -> Result<String> {
+    let metapackage = flavour.metapackage();
+    let look_up = || -> Result<Option<String>> {
+        let output = Command::new("apt-cache")
+            .args(["depends", "--important", metapackage])
+            .stderr(Stdio::null())
+            .output()
+            .with_context(|| format!("run apt-cache (is this Debian? Else put {metapackage}'s .deb into place by hand)"))?;
+        let text = String::from_utf8_lossy(&output.stdout);
+        Ok(text
+            .lines()
+            .filter_map(|line| line.trim().strip_prefix("Depends: "))
+            .find(|name| name.starts_with("linux-image-"))
+            .map(str::to_owned))
+    };
+    if let Some(name) = look_up()? {
+        return Ok(name);
+    }
+    update_lists()?;
+    look_up()?.with_context(|| format!("apt knows no package {metapackage}"))
+}
