@@ -52,7 +52,7 @@ bcmp:
 
     .section .bss
     .align 4096
-    .skip 262144
+    .skip 1048576
     .globl stack_top
 stack_top:
     .skip 8

@@ -7,7 +7,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::time::Duration;
 
-use casemate_tests::Vm;
+use casemate_tests::{Finished, Running, Vm};
 
 fn connect(path: &Path, port: u32) -> (UnixStream, String) {
     let mut stream = UnixStream::connect(path).unwrap();
@@ -22,18 +22,29 @@ fn connect(path: &Path, port: u32) -> (UnixStream, String) {
     (stream, answer)
 }
 
-/// Sends `data` while it reads the echo, then shuts down; what came back.
-fn echo(mut stream: UnixStream, data: &[u8]) -> Vec<u8> {
+/// Sends `data` while it reads the echo, then shuts down: exactly that must come back, and the
+/// machine end well.
+#[track_caller]
+fn assert_echo(vm: Running, mut stream: UnixStream, data: &[u8], expected: &[u8]) -> Finished {
     let mut writer = stream.try_clone().unwrap();
-    std::thread::scope(|scope| {
-        scope.spawn(move || {
-            writer.write_all(data).unwrap();
-            writer.shutdown(Shutdown::Write).unwrap();
+    let mut back = Vec::new();
+    let (written, read) = std::thread::scope(|scope| {
+        let written = scope.spawn(move || {
+            writer.write_all(data)?;
+            writer.shutdown(Shutdown::Write)
         });
-        let mut back = Vec::new();
-        stream.read_to_end(&mut back).unwrap();
-        back
-    })
+        let read = stream.read_to_end(&mut back);
+        (written.join().unwrap(), read)
+    });
+    // Looked at together: what the guest says explains a connection that broke.
+    let done = vm.wait().unwrap();
+    assert!(
+        written.is_ok() && read.is_ok() && back == expected,
+        "{written:?} {read:?}, {} bytes back of {}: {done:#?}",
+        back.len(),
+        expected.len()
+    );
+    done
 }
 
 fn megabyte() -> Vec<u8> {
@@ -55,8 +66,7 @@ fn the_host_connects_and_a_megabyte_comes_back() {
         let (stream, answer) = connect(&path, 52);
         assert!(answer.starts_with("OK "), "{answer}");
         let data = megabyte();
-        assert!(echo(stream, &data) == data, "the echo differs");
-        let done = vm.wait().unwrap();
+        let done = assert_echo(vm, stream, &data, &data);
         done.assert_line("probe: echoed 1048576 bytes");
         done.assert_line("probe: vsock ok");
     }
@@ -72,8 +82,7 @@ fn a_port_without_a_listener_closes_the_connection() {
     // The device lives on.
     let (stream, answer) = connect(&path, 52);
     assert!(answer.starts_with("OK "), "{answer}");
-    assert_eq!(echo(stream, b"still here"), b"still here");
-    vm.wait().unwrap().assert_line("probe: vsock ok");
+    assert_echo(vm, stream, b"still here", b"still here").assert_line("probe: vsock ok");
 }
 
 #[test]
@@ -105,8 +114,7 @@ fn peers_that_vanish_in_the_handshake_do_no_harm() {
     }
     let (stream, answer) = connect(&path, 52);
     assert!(answer.starts_with("OK "), "{answer}");
-    assert_eq!(echo(stream, b"still here"), b"still here");
-    vm.wait().unwrap().assert_line("probe: vsock ok");
+    assert_echo(vm, stream, b"still here", b"still here").assert_line("probe: vsock ok");
 }
 
 #[test]
@@ -125,8 +133,7 @@ fn bytes_behind_the_newline_of_the_handshake_arrive() {
         .read_line(&mut answer)
         .unwrap();
     assert!(answer.starts_with("OK "), "{answer}");
-    assert_eq!(echo(stream, b" bird"), b"early bird");
-    vm.wait().unwrap().assert_line("probe: vsock ok");
+    assert_echo(vm, stream, b" bird", b"early bird").assert_line("probe: vsock ok");
 }
 
 #[test]
@@ -148,8 +155,7 @@ fn the_guest_connects_through_the_broker() {
         stream.read_exact(&mut hello).unwrap();
         assert_eq!(&hello, b"hello");
         let data = megabyte();
-        assert!(echo(stream, &data) == data, "the echo differs");
-        vm.wait().unwrap().assert_line("probe: vsock-connect ok");
+        assert_echo(vm, stream, &data, &data).assert_line("probe: vsock-connect ok");
     }
 }
 

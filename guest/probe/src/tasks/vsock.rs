@@ -15,6 +15,7 @@ const PAYLOAD: usize = 4096;
 const TYPE_STREAM: u16 = 1;
 /// What we tell the host that we can take.
 const BUF_ALLOC: u32 = 65536;
+const HELD: usize = BUF_ALLOC as usize;
 /// Receive buffers, each of two descriptors.
 const BUFFERS: usize = RING / 2;
 const OUR_PORT: u32 = 1025;
@@ -51,6 +52,8 @@ struct Socket {
     tx: Queue,
     headers: [[u8; HEADER]; BUFFERS],
     data: [[u8; PAYLOAD]; BUFFERS],
+    /// Bytes that were taken and not yet echoed, in a ring.
+    held: [u8; HELD],
     our_port: u32,
     peer_port: u32,
     /// Bytes that we took, and sent.
@@ -131,37 +134,54 @@ impl Socket {
         self.peer_alloc.saturating_sub(flying) as usize
     }
 
-    /// Echoes until the host shuts down or resets, then closes. Returns the bytes echoed.
+    /// Echoes until the host has shut down and has everything back, or resets; then closes.
+    /// Returns the bytes echoed.
+    ///
+    /// What the host has no credit for yet is held meanwhile: it goes on sending, and its packets
+    /// come before those that bring credit.
     fn echo(&mut self) -> Result<u64, Failure> {
-        let mut total = 0;
+        let (mut taken, mut total) = (0u64, 0u64);
+        let (mut host_is_done, mut asked) = (false, false);
         loop {
+            let credit = self.credit();
+            if taken > total && credit > 0 {
+                let at = total as usize % HELD;
+                let len = ((taken - total) as usize)
+                    .min(credit)
+                    .min(PAYLOAD)
+                    .min(HELD - at);
+                let mut data = [0; PAYLOAD];
+                data[..len].copy_from_slice(&self.held[at..at + len]);
+                self.forwarded = self.forwarded.wrapping_add(len as u32);
+                self.send(op::RW, 0, &data[..len])?;
+                total += len as u64;
+                asked = false;
+                continue;
+            }
+            if host_is_done && taken == total {
+                self.send(op::SHUTDOWN, SHUTDOWN_BOTH, &[])?;
+                return Ok(total);
+            }
+            if taken > total && !asked {
+                self.send(op::CREDIT_REQUEST, 0, &[])?;
+                asked = true;
+            }
             let packet = self.receive()?;
+            if packet.destination_port != self.our_port {
+                return Err("a packet that is not for this connection");
+            }
             match packet.op {
                 op::RW => {
-                    if packet.destination_port != self.our_port || packet.len > PAYLOAD {
-                        return Err("a packet that is not for this connection");
+                    if packet.len > PAYLOAD || packet.len > HELD - (taken - total) as usize {
+                        return Err("the host sends more than there is room for");
                     }
-                    let data = self.data[packet.slot];
-                    self.forwarded = self.forwarded.wrapping_add(packet.len as u32);
-                    self.offer(packet.slot);
-                    while self.credit() < packet.len {
-                        self.send(op::CREDIT_REQUEST, 0, &[])?;
-                        let update = self.receive()?;
-                        self.offer(update.slot);
-                        if update.op != op::CREDIT_UPDATE {
-                            return Err("no credit from the host");
-                        }
+                    for &byte in &self.data[packet.slot][..packet.len] {
+                        self.held[taken as usize % HELD] = byte;
+                        taken += 1;
                     }
-                    self.send(op::RW, 0, &data[..packet.len])?;
-                    total += packet.len as u64;
-                    continue;
                 }
                 op::CREDIT_REQUEST => self.send(op::CREDIT_UPDATE, 0, &[])?,
-                op::SHUTDOWN if packet.flags & SHUTDOWN_SEND != 0 => {
-                    self.offer(packet.slot);
-                    self.send(op::SHUTDOWN, SHUTDOWN_BOTH, &[])?;
-                    return Ok(total);
-                }
+                op::SHUTDOWN => host_is_done |= packet.flags & SHUTDOWN_SEND != 0,
                 op::RST => return Ok(total),
                 _ => {}
             }
@@ -181,6 +201,7 @@ fn open(cmdline: &Cmdline) -> Result<Socket, Failure> {
         tx,
         headers: [[0; HEADER]; BUFFERS],
         data: [[0; PAYLOAD]; BUFFERS],
+        held: [0; HELD],
         our_port: 0,
         peer_port: 0,
         forwarded: 0,
