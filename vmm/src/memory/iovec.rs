@@ -209,14 +209,24 @@ impl IoVecs<'_> {
     /// getrandom(2) with `GRND_NONBLOCK`: fills guest memory with random bytes, piece by piece,
     /// and says how many it filled.
     ///
+    /// The system call itself, not the C library's function: since glibc 2.41 that one computes the
+    /// bytes in this process, in a page that it maps at its first use with every signal blocked. A
+    /// sealed thread may not map such a page and would die of it without a word.
+    ///
     /// # Errors
     /// When not one byte could be had.
     pub fn fill_random(&mut self) -> io::Result<u64> {
         let mut filled = 0;
         while let Some(piece) = self.pieces.first() {
-            // SAFETY: the piece is mapped guest memory of that length (see the module's words).
+            // SAFETY: the piece is mapped guest memory of that length (see the module's words), and
+            // the kernel writes no more than that.
             let result = done(unsafe {
-                libc::getrandom(piece.iov_base, piece.iov_len, libc::GRND_NONBLOCK) as isize
+                libc::syscall(
+                    libc::SYS_getrandom,
+                    piece.iov_base,
+                    piece.iov_len,
+                    libc::GRND_NONBLOCK,
+                ) as isize
             });
             match result {
                 Ok(count) => {
