@@ -93,7 +93,7 @@ pub struct Connection {
     sent: Wrapping<u32>,
     guest_buffer: u32,
     guest_consumed: Wrapping<u32>,
-    /// The guest was asked for credit and has not answered.
+    /// The guest was asked for credit and has given none since.
     asked_credit: bool,
 }
 
@@ -164,7 +164,11 @@ impl Connection {
     pub fn note_credit(&mut self, header: &Header) {
         self.guest_buffer = header.buf_alloc;
         self.guest_consumed = Wrapping(header.fwd_cnt);
-        self.asked_credit = false;
+        // A guest whose program does not read answers that it has no room. Asking again would go on
+        // for as long as that lasts; the guest tells by itself when there is some.
+        if self.credit() > 0 {
+            self.asked_credit = false;
+        }
     }
 
     /// Room in the guest in bytes.

@@ -167,4 +167,7 @@ impl VirtioDevice for Vsock {
 mod tests;
 
 #[cfg(test)]
+mod accounting_tests;
+
+#[cfg(test)]
 mod broker_tests;
