@@ -363,6 +363,16 @@ impl Connection {
         self.guest_closed == CLOSED && self.waiting.is_empty()
     }
 
+    /// Whether data of a guest that ended its sending in good order still waits for the host's
+    /// program. It is delivered even if the guest forgets the connection: Linux does, some seconds
+    /// after its program closed it.
+    pub fn owes_host(&self) -> bool {
+        self.guest_closed & NO_SEND != 0
+            && !self.waiting.is_empty()
+            && !self.hung_up
+            && self.stream.is_some()
+    }
+
     /// Whether there is something for the guest, as far as one can know without reading.
     pub fn has_output(&self) -> bool {
         self.due.request

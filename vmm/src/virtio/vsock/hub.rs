@@ -14,7 +14,7 @@ use crate::event_loop::{self, EventSet, Registrar};
 use crate::virtio::device::LogBudget;
 use crate::virtio::queue::Progress;
 
-/// Most connections at a time.
+/// Most connections at a time, with those that only the host still knows.
 pub const MAX_CONNECTIONS: usize = 1023;
 /// Most host programs that have not said which port they want; the oldest makes room.
 pub const MAX_HANDSHAKES: usize = 64;
@@ -42,6 +42,8 @@ const STREAM_EVENTS: EventSet = EventSet::from_bits_truncate(
 enum Stream {
     Handshake(Handshake),
     Connection(Ports),
+    /// A connection that the guest has forgotten, with data that the host's program is to get.
+    Orphan(Box<Connection>),
 }
 
 /// The connections.
@@ -52,6 +54,7 @@ pub struct Hub {
     pub(super) connections: BTreeMap<Ports, Connection>,
     streams: BTreeMap<u32, Stream>,
     handshakes: usize,
+    orphans: usize,
     /// There are callers whom the host had no descriptor for.
     callers_wait: bool,
     /// Connections with something for the guest, in the order of their turns.
@@ -77,6 +80,7 @@ impl Hub {
             connections: BTreeMap::new(),
             streams: BTreeMap::new(),
             handshakes: 0,
+            orphans: 0,
             callers_wait: false,
             ready: VecDeque::new(),
             refusals: VecDeque::new(),
@@ -110,6 +114,7 @@ impl Hub {
         self.connections.clear();
         self.streams.clear();
         self.handshakes = 0;
+        self.orphans = 0;
         self.ready.clear();
         self.refusals.clear();
     }
@@ -121,8 +126,8 @@ impl Hub {
             BROKER => return self.take_answers(events),
             _ => {}
         }
-        match self.streams.get(&key) {
-            Some(&Stream::Connection(ports)) => {
+        match self.streams.get_mut(&key) {
+            Some(&mut Stream::Connection(ports)) => {
                 if let Some(connection) = self.connections.get_mut(&ports) {
                     connection.ready(set);
                     if connection.state == State::Calling && connection.is_hung_up() {
@@ -134,6 +139,12 @@ impl Hub {
                 }
             }
             Some(Stream::Handshake(_)) => self.proceed(events, key, set),
+            Some(Stream::Orphan(orphan)) => {
+                orphan.ready(set);
+                if !orphan.owes_host() {
+                    self.bury(events, key);
+                }
+            }
             // Closed since the event was fetched.
             None => {}
         }
@@ -332,12 +343,38 @@ impl Hub {
         }
     }
 
-    pub(super) fn remove(&mut self, events: &Registrar, ports: Ports) {
+    fn remove(&mut self, events: &Registrar, ports: Ports) {
         self.hang_up(events, ports);
-        if let Some(connection) = self.connections.remove(&ports)
-            && connection.queued
-        {
+        self.forget(ports);
+    }
+
+    fn forget(&mut self, ports: Ports) -> Option<Connection> {
+        let connection = self.connections.remove(&ports)?;
+        if connection.queued {
             self.ready.retain(|&other| other != ports);
+        }
+        Some(connection)
+    }
+
+    /// The guest knows a connection no more.
+    pub(super) fn guest_forgets(&mut self, events: &Registrar, ports: Ports) {
+        let owes_host = self.connections.get(&ports).is_some_and(Connection::owes_host);
+        if !owes_host {
+            self.remove(events, ports);
+        } else if let Some(connection) = self.forget(ports) {
+            self.orphans = self.orphans.saturating_add(1);
+            self.streams
+                .insert(connection.key, Stream::Orphan(Box::new(connection)));
+        }
+    }
+
+    /// Closes the socket of an orphan.
+    fn bury(&mut self, events: &Registrar, key: u32) {
+        if let Some(Stream::Orphan(mut orphan)) = self.streams.remove(&key) {
+            self.orphans = self.orphans.saturating_sub(1);
+            if let Some(stream) = orphan.take_stream() {
+                events.unwatch(&stream);
+            }
         }
     }
 
@@ -351,14 +388,22 @@ impl Hub {
         }
     }
 
-    /// Makes sure that one more connection is allowed: one whose host program is gone, and which
-    /// the guest keeps nevertheless, makes room.
+    /// Makes sure that one more connection is allowed: one that only one side still knows makes
+    /// room. First one whose host program is gone, then the oldest that the guest has forgotten.
     pub(super) fn room(&mut self, events: &Registrar) -> Option<()> {
-        if self.connections.len() >= MAX_CONNECTIONS {
+        if self.connections.len().saturating_add(self.orphans) >= MAX_CONNECTIONS {
             let lingering = self.connections.iter().find_map(|(&ports, connection)| {
                 (connection.state == State::Lingering).then_some(ports)
-            })?;
-            self.reset(events, lingering);
+            });
+            match lingering {
+                Some(ports) => self.reset(events, ports),
+                None => {
+                    let key = self.streams.iter().find_map(|(&key, stream)| {
+                        matches!(stream, Stream::Orphan(_)).then_some(key)
+                    })?;
+                    self.bury(events, key);
+                }
+            }
         }
         Some(())
     }

@@ -54,7 +54,7 @@ impl Hub {
         let asked = matches!(connection.state, State::Asked { .. });
         match header.op {
             op::RST => {
-                self.remove(events, ports);
+                self.guest_forgets(events, ports);
                 return;
             }
             op::RESPONSE if connection.state == State::Calling => {
