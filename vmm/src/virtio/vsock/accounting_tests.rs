@@ -3,7 +3,8 @@
 use std::io::{Read as _, Write as _};
 use std::os::unix::net::UnixStream;
 
-use super::hub::MAX_CONNECTIONS;
+use super::connection::{BUFFER, SMALL_BUFFER};
+use super::hub::{MAX_CONNECTIONS, MAX_LARGE};
 use super::packet::{CLOSED, op};
 use super::testing::*;
 use crate::virtio::device::VirtioDevice as _;
@@ -31,6 +32,40 @@ fn close_and_forget(guest: &mut Guest, ports: (u32, u32)) {
     guest.send_with(ports, op::SHUTDOWN, &[], |header| header.flags = CLOSED);
     guest.silent();
     guest.send(ports, op::RST, &[]);
+}
+
+#[test]
+fn what_waits_for_the_host_is_bounded_over_all_connections() {
+    let most = MAX_LARGE * BUFFER as usize + MAX_CONNECTIONS * SMALL_BUFFER as usize;
+    assert!(most <= 16 << 20);
+    let mut guest = Guest::new();
+    let (mut first, ports) = guest.called(1);
+    let mut hosts = Vec::new();
+    for port in 0..MAX_LARGE as u32 - 1 {
+        hosts.push(guest.calls((port, 1)));
+    }
+    // The next ones are told of less room, and get no more.
+    guest.send((5000, 1), op::REQUEST, &[]);
+    let (_small, theirs) = UnixStream::pair().unwrap();
+    guest.answer(|_| Ok(theirs));
+    assert_eq!(guest.receive(op::RESPONSE).0.buf_alloc, SMALL_BUFFER);
+    let (_caller, small) = guest.called(2);
+    let waiting = (0..4096).take_while(|_| {
+        guest.send(small, op::RW, &[0; 4096]);
+        guest.counts().0 > MAX_LARGE + 1
+    });
+    assert!(waiting.count() < 4096, "it holds what it was not told of");
+    while let Some((header, _)) = guest.try_receive() {
+        assert_eq!((header.dst_port, header.buf_alloc), (2, if header.op == op::RST { 0 } else { SMALL_BUFFER }));
+    }
+    // Those that were there go on, and a place that they leave is taken.
+    guest.send(ports, op::RW, b"x");
+    first.read_exact(&mut [0; 1]).unwrap();
+    guest.send((7, 1), op::RST, &[]);
+    guest.send((5001, 1), op::REQUEST, &[]);
+    let (_large, theirs) = UnixStream::pair().unwrap();
+    guest.answer(|_| Ok(theirs));
+    assert_eq!(guest.receive(op::RESPONSE).0.buf_alloc, BUFFER);
 }
 
 #[test]

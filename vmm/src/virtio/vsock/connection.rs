@@ -20,6 +20,8 @@ use crate::virtio::chain::Chain;
 /// Bytes that a connection holds for a host program that does not read: the room that the guest
 /// is told of.
 pub const BUFFER: u32 = 64 << 10;
+/// The same when there are many connections already.
+pub const SMALL_BUFFER: u32 = 8 << 10;
 
 /// The two ports that name a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -82,8 +84,9 @@ pub struct Connection {
     shut: u32,
     hung_up: bool,
     readable: bool,
-    /// Data for the host that its socket did not take.
+    /// Data for the host that its socket did not take, and the most there may be.
     waiting: VecDeque<u8>,
+    buffer: u32,
     /// Bytes from the guest, ever; and of those, bytes that the host's socket took.
     received: Wrapping<u32>,
     forwarded: Wrapping<u32>,
@@ -98,7 +101,7 @@ pub struct Connection {
 }
 
 impl Connection {
-    fn new(state: State, stream: Option<UnixStream>, key: u32) -> Self {
+    fn new(state: State, stream: Option<UnixStream>, key: u32, buffer: u32) -> Self {
         Self {
             state,
             key,
@@ -111,6 +114,7 @@ impl Connection {
             hung_up: false,
             readable: false,
             waiting: VecDeque::new(),
+            buffer,
             received: Wrapping(0),
             forwarded: Wrapping(0),
             told: Wrapping(0),
@@ -122,15 +126,15 @@ impl Connection {
     }
 
     /// One that the guest asked for with `header`, and that waits for the broker.
-    pub fn from_guest(request: u64, header: &Header) -> Self {
-        let mut connection = Self::new(State::Asked { request }, None, 0);
+    pub fn from_guest(request: u64, header: &Header, buffer: u32) -> Self {
+        let mut connection = Self::new(State::Asked { request }, None, 0, buffer);
         connection.note_credit(header);
         connection
     }
 
     /// One that a program on the host asked for.
-    pub fn from_host(stream: UnixStream, key: u32) -> Self {
-        let mut connection = Self::new(State::Calling, Some(stream), key);
+    pub fn from_host(stream: UnixStream, key: u32, buffer: u32) -> Self {
+        let mut connection = Self::new(State::Calling, Some(stream), key, buffer);
         connection.due.request = true;
         // What it sent right behind its line was reported while that line was awaited.
         connection.readable = true;
@@ -181,7 +185,7 @@ impl Connection {
     pub fn tell_credit(&mut self) -> (u32, u32) {
         self.told = self.forwarded;
         self.due.credit_update = false;
-        (BUFFER, self.forwarded.0)
+        (self.buffer, self.forwarded.0)
     }
 
     /// The guest wants to know the credit.
@@ -205,6 +209,11 @@ impl Connection {
         }
     }
 
+    /// Whether it may hold [`BUFFER`] bytes.
+    pub fn is_large(&self) -> bool {
+        self.buffer == BUFFER
+    }
+
     /// Whether the host's program is gone altogether.
     pub fn is_hung_up(&self) -> bool {
         self.hung_up
@@ -220,7 +229,7 @@ impl Connection {
         len: u32,
     ) -> bool {
         let unforwarded = (self.received - self.forwarded).0;
-        if len > BUFFER.saturating_sub(unforwarded) || self.guest_closed & NO_SEND != 0 {
+        if len > self.buffer.saturating_sub(unforwarded) || self.guest_closed & NO_SEND != 0 {
             return false;
         }
         self.received += len;
@@ -228,7 +237,11 @@ impl Connection {
         if self.waiting.is_empty() {
             done = self.pass_on(pieces, memory, chain, len);
         }
-        // The rest waits in a buffer of ours, whose size the check above bounds.
+        // The rest waits in a buffer of ours, whose size the check above bounds. It is taken whole, for
+        // one that grows by doubling may end up with nearly twice as much.
+        if done < len && self.waiting.capacity() == 0 {
+            self.waiting.reserve_exact(self.buffer as usize);
+        }
         let mut part = [0; 4096];
         while done < len {
             let count = (len - done).min(part.len() as u32);
@@ -296,7 +309,7 @@ impl Connection {
             match sent {
                 Ok(count) => {
                     self.waiting.drain(..count.min(self.waiting.len()));
-                    // At most `BUFFER`.
+                    // At most `buffer`.
                     self.forward(count as u32);
                 }
                 Err(Errno::EAGAIN) => return,
@@ -314,7 +327,7 @@ impl Connection {
     /// Counts bytes as gone, and tells the guest before it runs out of credit.
     fn forward(&mut self, count: u32) {
         self.forwarded += count;
-        if (self.forwarded - self.told).0 >= BUFFER / 4 {
+        if (self.forwarded - self.told).0 >= self.buffer / 4 {
             self.due.credit_update = true;
         }
     }

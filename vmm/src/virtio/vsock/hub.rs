@@ -6,7 +6,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 
 use log::{debug, log, warn};
 
-use super::connection::{Connection, Ports, State};
+use super::connection::{BUFFER, Connection, Ports, SMALL_BUFFER, State};
 use super::connector::Connector;
 use super::handshake::{self, Handshake};
 use super::packet::{HOST_CID, Header, STREAM};
@@ -16,6 +16,9 @@ use crate::virtio::queue::Progress;
 
 /// Most connections at a time, with those that only the host still knows.
 pub const MAX_CONNECTIONS: usize = 1023;
+/// Most connections with a large buffer: all of them together hold less than 16 MiB for host
+/// programs that do not read.
+pub const MAX_LARGE: usize = 128;
 /// Most host programs that have not said which port they want; the oldest makes room.
 pub const MAX_HANDSHAKES: usize = 64;
 /// Most refusals that wait for a guest which takes no packets; more are dropped.
@@ -230,9 +233,10 @@ impl Hub {
             }
             handshake::Progress::Port(stream, port) => {
                 self.handshakes = self.handshakes.saturating_sub(1);
-                match self.room(events).and_then(|()| self.new_port(port)) {
-                    Some(ports) => {
-                        let connection = Connection::from_host(stream, key);
+                let room = self.room(events);
+                match room.and_then(|buffer| Some((self.new_port(port)?, buffer))) {
+                    Some((ports, buffer)) => {
+                        let connection = Connection::from_host(stream, key, buffer);
                         self.connections.insert(ports, connection);
                         self.streams.insert(key, Stream::Connection(ports));
                         self.enqueue(ports);
@@ -390,7 +394,8 @@ impl Hub {
 
     /// Makes sure that one more connection is allowed: one that only one side still knows makes
     /// room. First one whose host program is gone, then the oldest that the guest has forgotten.
-    pub(super) fn room(&mut self, events: &Registrar) -> Option<()> {
+    /// Returns how much the new one may hold for its host program.
+    pub(super) fn room(&mut self, events: &Registrar) -> Option<u32> {
         if self.connections.len().saturating_add(self.orphans) >= MAX_CONNECTIONS {
             let lingering = self.connections.iter().find_map(|(&ports, connection)| {
                 (connection.state == State::Lingering).then_some(ports)
@@ -405,7 +410,13 @@ impl Hub {
                 }
             }
         }
-        Some(())
+        let forgotten = self.streams.values().filter_map(|stream| match stream {
+            Stream::Orphan(orphan) => Some(orphan.as_ref()),
+            _ => None,
+        });
+        let all = self.connections.values().chain(forgotten);
+        let large = all.filter(|connection| connection.is_large()).count();
+        Some(if large < MAX_LARGE { BUFFER } else { SMALL_BUFFER })
     }
 
     /// A key that no stream has.

@@ -96,16 +96,16 @@ impl Hub {
 
     /// The guest calls a port of the host.
     fn call(&mut self, events: &Registrar, ports: Ports, header: &Header) {
-        if self.room(events).is_none() {
+        let Some(buffer) = self.room(events) else {
             return self.refuse(header);
-        }
+        };
         let request = match &mut self.connector {
             Some(connector) => connector.connect(ports.host),
             None => Err("there is no broker".into()),
         };
         match request {
             Ok(request) => {
-                let connection = Connection::from_guest(request, header);
+                let connection = Connection::from_guest(request, header, buffer);
                 self.connections.insert(ports, connection);
             }
             Err(error) => {
