@@ -4,7 +4,7 @@ use std::io::{Read as _, Write as _};
 use std::os::unix::net::UnixStream;
 
 use super::connection::{BUFFER, SMALL_BUFFER};
-use super::hub::{MAX_CONNECTIONS, MAX_LARGE};
+use super::hub::{MAX_CONNECTIONS, MAX_LARGE, MAX_REFUSALS};
 use super::packet::{CLOSED, op};
 use super::testing::*;
 use crate::virtio::device::VirtioDevice as _;
@@ -56,7 +56,17 @@ fn what_waits_for_the_host_is_bounded_over_all_connections() {
     });
     assert!(waiting.count() < 4096, "it holds what it was not told of");
     while let Some((header, _)) = guest.try_receive() {
-        assert_eq!((header.dst_port, header.buf_alloc), (2, if header.op == op::RST { 0 } else { SMALL_BUFFER }));
+        assert_eq!(
+            (header.dst_port, header.buf_alloc),
+            (
+                2,
+                if header.op == op::RST {
+                    0
+                } else {
+                    SMALL_BUFFER
+                }
+            )
+        );
     }
     // Those that were there go on, and a place that they leave is taken.
     guest.send(ports, op::RW, b"x");
@@ -162,4 +172,32 @@ fn a_guest_that_says_it_has_no_room_is_not_asked_again() {
     guest.silent();
     guest.send(ports, op::CREDIT_UPDATE, &[]);
     assert_eq!(guest.receive(op::RW).1, b"llo");
+}
+
+#[test]
+fn a_guest_that_takes_no_packets_still_learns_of_every_end() {
+    let mut guest = Guest::new();
+    let count = MAX_CONNECTIONS as u32;
+    let hosts: Vec<UnixStream> = (0..count).map(|port| guest.calls((port, 1))).collect();
+    for _ in 0..=MAX_REFUSALS {
+        guest.send((9000, 9000), op::RW, &[]);
+    }
+    // Nonsense for a connection ends it.
+    for port in 0..count {
+        guest.send((port, 1), op::RESPONSE, &[]);
+    }
+    assert_eq!(guest.counts(), (0, 0, 0));
+    drop(hosts);
+    // There are no new ones before it listens.
+    guest.send((5000, 1), op::REQUEST, &[]);
+    assert_eq!(guest.counts(), (0, 0, 0));
+    let mut told = vec![false; MAX_CONNECTIONS];
+    while let Some((header, _)) = guest.try_receive() {
+        assert_eq!(header.op, op::RST);
+        if let Some(told) = told.get_mut(header.dst_port as usize) {
+            *told = true;
+        }
+    }
+    assert!(told.iter().all(|&told| told));
+    let _host = guest.calls((5000, 1));
 }

@@ -9,7 +9,7 @@ use log::{debug, log, warn};
 use super::connection::{BUFFER, Connection, Ports, SMALL_BUFFER, State};
 use super::connector::Connector;
 use super::handshake::{self, Handshake};
-use super::packet::{HOST_CID, Header, STREAM};
+use super::packet::Header;
 use crate::event_loop::{self, EventSet, Registrar};
 use crate::virtio::device::LogBudget;
 use crate::virtio::queue::Progress;
@@ -62,6 +62,10 @@ pub struct Hub {
     callers_wait: bool,
     /// Connections with something for the guest, in the order of their turns.
     pub(super) ready: VecDeque<Ports>,
+    /// Connections that ended and of which the guest is to be told by an RST. None is dropped: a guest
+    /// that takes no packets gets no new connections instead, so there are at most two for each that
+    /// is allowed.
+    pub(super) endings: VecDeque<Ports>,
     /// RSTs that belong to no connection.
     pub(super) refusals: VecDeque<Header>,
     next_key: u32,
@@ -86,6 +90,7 @@ impl Hub {
             orphans: 0,
             callers_wait: false,
             ready: VecDeque::new(),
+            endings: VecDeque::new(),
             refusals: VecDeque::new(),
             next_key: FIRST_STREAM,
             next_port: FIRST_HOST_PORT,
@@ -119,6 +124,7 @@ impl Hub {
         self.handshakes = 0;
         self.orphans = 0;
         self.ready.clear();
+        self.endings.clear();
         self.refusals.clear();
     }
 
@@ -326,14 +332,7 @@ impl Hub {
     /// Ends a connection and tells the guest.
     pub(super) fn reset(&mut self, events: &Registrar, ports: Ports) {
         self.remove(events, ports);
-        self.refuse(&Header {
-            src_cid: self.guest_cid,
-            dst_cid: HOST_CID,
-            src_port: ports.guest,
-            dst_port: ports.host,
-            kind: STREAM,
-            ..Header::default()
-        });
+        self.endings.push_back(ports);
     }
 
     fn reset_all(&mut self, events: &Registrar, which: impl Fn(State) -> bool) {
@@ -362,7 +361,10 @@ impl Hub {
 
     /// The guest knows a connection no more.
     pub(super) fn guest_forgets(&mut self, events: &Registrar, ports: Ports) {
-        let owes_host = self.connections.get(&ports).is_some_and(Connection::owes_host);
+        let owes_host = self
+            .connections
+            .get(&ports)
+            .is_some_and(Connection::owes_host);
         if !owes_host {
             self.remove(events, ports);
         } else if let Some(connection) = self.forget(ports) {
@@ -396,6 +398,9 @@ impl Hub {
     /// room. First one whose host program is gone, then the oldest that the guest has forgotten.
     /// Returns how much the new one may hold for its host program.
     pub(super) fn room(&mut self, events: &Registrar) -> Option<u32> {
+        if self.endings.len() >= MAX_CONNECTIONS {
+            return None;
+        }
         if self.connections.len().saturating_add(self.orphans) >= MAX_CONNECTIONS {
             let lingering = self.connections.iter().find_map(|(&ports, connection)| {
                 (connection.state == State::Lingering).then_some(ports)
@@ -416,7 +421,11 @@ impl Hub {
         });
         let all = self.connections.values().chain(forgotten);
         let large = all.filter(|connection| connection.is_large()).count();
-        Some(if large < MAX_LARGE { BUFFER } else { SMALL_BUFFER })
+        Some(if large < MAX_LARGE {
+            BUFFER
+        } else {
+            SMALL_BUFFER
+        })
     }
 
     /// A key that no stream has.

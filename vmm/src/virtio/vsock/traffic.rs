@@ -141,13 +141,22 @@ impl Hub {
         memory: &GuestMemory,
         chain: &Chain,
     ) -> Result<Verdict, chain::Error> {
-        if self.refusals.is_empty() && self.ready.is_empty() {
+        if self.endings.is_empty() && self.refusals.is_empty() && self.ready.is_empty() {
             return Ok(Verdict::Keep);
         }
         if chain.writable_len() <= HEADER_LEN as u64 {
             return Err(chain::Error::TooShort { head: chain.head() });
         }
-        if let Some(header) = self.refusals.pop_front() {
+        let ending = self.endings.pop_front().map(|ports| Header {
+            src_cid: HOST_CID,
+            dst_cid: self.guest_cid,
+            src_port: ports.host,
+            dst_port: ports.guest,
+            kind: STREAM,
+            op: op::RST,
+            ..Header::default()
+        });
+        if let Some(header) = ending.or_else(|| self.refusals.pop_front()) {
             chain.write_at(memory, 0, &header.encode())?;
             return Ok(Verdict::Used(HEADER_LEN as u32));
         }
