@@ -7,7 +7,8 @@
 //!   1 GiB that Linux reserves for it (`KERNEL_IMAGE_SIZE`), and every address in the image is
 //!   adjusted;
 //! - the *physical* base moves independently, also by a multiple of 2 MiB, in the low memory
-//!   below the initrd. Nothing in the image needs adjusting for it: the kernel computes it.
+//!   below the initrd and below what `mem=` leaves. Nothing in the image needs adjusting for it:
+//!   the kernel computes it.
 //!
 //! `KASLR_FLAG` in `loadflags` then tells the kernel to randomise its memory regions and the place
 //! of modules as well. `nokaslr` on the command line turns all of it off, as in the stub.
@@ -32,12 +33,56 @@ pub(super) fn disabled_by(cmdline: &str) -> bool {
         .any(|word| word == "nokaslr")
 }
 
+/// Where memory ends for a kernel with this command line: a kernel beyond that would give its own
+/// memory away. `None` when the command line changes the map in a way that is not followed here.
+fn memory_end(cmdline: &str) -> Option<u64> {
+    let mut end = u64::MAX;
+    for word in cmdline.split_ascii_whitespace() {
+        if word == "memmap" || word.starts_with("memmap=") {
+            return None;
+        }
+        if let Some(size) = word.strip_prefix("mem=") {
+            // The kernel heeds each of them.
+            end = end.min(parse_size(size)?);
+        }
+    }
+    Some(end)
+}
+
+/// A number as the kernel's `memparse` takes it, but for octal ones and what may follow it.
+fn parse_size(text: &str) -> Option<u64> {
+    let shift = match text.chars().last()?.to_ascii_uppercase() {
+        'K' => 10,
+        'M' => 20,
+        'G' => 30,
+        'T' => 40,
+        _ => 0,
+    };
+    let digits = if shift == 0 {
+        text
+    } else {
+        text.get(..text.len().saturating_sub(1))?
+    };
+    let hexadecimal = digits.strip_prefix("0x").or(digits.strip_prefix("0X"));
+    let (digits, radix) = hexadecimal.map_or((digits, 10), |digits| (digits, 16));
+    // Neither an octal number nor zero, nor a sign.
+    let leading = digits.chars().next()?;
+    if !leading.is_digit(radix) || (radix == 10 && leading == '0') {
+        return None;
+    }
+    u64::from_str_radix(digits, radix)
+        .ok()?
+        .checked_mul(1 << shift)
+}
+
 /// Picks how far to move the kernel, virtually and physically, in bytes.
-pub(super) fn choose(elf: &Elf, free: FreeMemory) -> Result<(u64, u64), Error> {
+pub(super) fn choose(elf: &Elf, free: FreeMemory, cmdline: &str) -> Result<(u64, u64), Error> {
     let (_, end) = elf.physical_span();
     // The link maps physical address 0 to KERNEL_MAP, so the physical end is the size used.
     let virtual_offset = pick(KERNEL_IMAGE_SIZE.saturating_sub(end), random()?);
-    let physical_offset = pick(free.end.saturating_sub(end), random()?);
+    // Where it was linked, the kernel lies in any guest that boots at all.
+    let free_end = memory_end(cmdline).map_or(0, |limit| limit.min(free.end));
+    let physical_offset = pick(free_end.saturating_sub(end), random()?);
     Ok((virtual_offset, physical_offset))
 }
 

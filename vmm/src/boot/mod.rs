@@ -208,7 +208,7 @@ fn load_kernel(
         Some(_) if kaslr::disabled_by(cmdline) => KaslrOutcome::DisabledByCommandLine,
         Some(_) if protocol == Protocol::Pvh => KaslrOutcome::NotWithPvh,
         Some(relocations) => {
-            let (virtual_offset, physical_offset) = kaslr::choose(&image.elf, free)?;
+            let (virtual_offset, physical_offset) = kaslr::choose(&image.elf, free, cmdline)?;
             elf::load_segments(memory, image, physical_offset)?;
             kaslr::relocate(
                 memory,

@@ -245,6 +245,23 @@ fn relocations_are_left_alone_when_they_must_be() {
 }
 
 #[test]
+fn the_kernel_stays_in_the_memory_that_the_command_line_leaves() {
+    let mut kernel = TestKernel::new();
+    kernel.relocations = vec![0, (KERNEL_MAP + LINKED_AT) as i32, 0, 0];
+    for (boot_args, end) in [
+        ("mem=20M", 20 * MIB as u64),
+        ("mem=8M", LINKED_AT + kernel.memory_size),
+        ("memmap=16M$32M", LINKED_AT + kernel.memory_size),
+    ] {
+        for _ in 0..16 {
+            let memory = memory(&[(0, 64 * MIB)]);
+            let state = load_with(&memory, &kernel, None, boot_args, None).unwrap();
+            assert!(state.rip + kernel.memory_size <= end, "{boot_args}");
+        }
+    }
+}
+
+#[test]
 fn a_bzimage_is_unpacked_and_its_header_used() {
     let mut encoder = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
     encoder.write_all(&TestKernel::new().bytes()).unwrap();
