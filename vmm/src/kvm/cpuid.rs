@@ -23,6 +23,16 @@ const LEAF_7_EBX_REMOVED: u32 = bits(&[2, 12, 14, 15, 25]);
 const LEAF_7_ECX_REMOVED: u32 = bits(&[13, 23, 30]);
 /// Leaf 7.0, EDX: hybrid CPU, PCONFIG.
 const LEAF_7_EDX_REMOVED: u32 = bits(&[15, 18]);
+/// AMX. KVM offers it also where a guest may not have its state, which a process has to ask for
+/// (ARCH_REQ_XCOMP_GUEST_PERM) and we do not: the guest would fault on its first use. Leaf 7.0, EDX:
+/// BF16, TILE, INT8; leaf 7.1, EAX: FP16; leaf 7.1, EDX: COMPLEX.
+const LEAF_7_EDX_AMX: u32 = bits(&[22, 24, 25]);
+const LEAF_7_1_EAX_AMX: u32 = bits(&[21]);
+const LEAF_7_1_EDX_AMX: u32 = bits(&[8]);
+/// Leaf 0xd.0, EAX: tile configuration and tile data, the state of AMX.
+const LEAF_D_EAX_AMX: u32 = bits(&[17, 18]);
+/// Tiles, and how they are multiplied.
+const LEAVES_AMX: [u32; 2] = [0x1d, 0x1e];
 /// Leaf 0x8000_0001, ECX: SVM, extended APIC space, IBS, SKINIT, watchdog, LWP, node id MSR (its leaf
 /// says it too), performance counters of all kinds, MONITORX.
 const EXTENDED_ECX_REMOVED: u32 = bits(&[2, 3, 10, 12, 13, 15, 19, 23, 24, 26, 27, 28, 29]);
@@ -74,10 +84,20 @@ impl MachineCpuid {
             .iter()
             .find(|e| e.function == 0)
             .map_or(0, |e| e.eax);
+        let has_tiles = entries.iter().any(|entry| {
+            (entry.function, entry.index) == (0xd, 0)
+                && entry.eax & LEAF_D_EAX_AMX == LEAF_D_EAX_AMX
+        });
+        let host = Host {
+            is_amd: entries.iter().any(is_amd),
+            has_tiles,
+            tsc_deadline,
+        };
         entries.retain(|entry| !LEAVES_REMOVED.contains(&entry.function));
+        entries.retain(|entry| has_tiles || !LEAVES_AMX.contains(&entry.function));
         entries.retain(|entry| !matches!(entry.function, 0xb | 0x1f));
         for entry in &mut entries {
-            normalise(entry, vcpus, tsc_deadline);
+            normalise(entry, vcpus, &host);
         }
         for leaf in [0xb, 0x1f] {
             if leaf <= max_basic {
@@ -117,7 +137,25 @@ impl MachineCpuid {
     }
 }
 
-fn normalise(entry: &mut kvm_cpuid_entry2, vcpus: u8, tsc_deadline: bool) {
+/// What of the host decides on more than one leaf.
+struct Host {
+    is_amd: bool,
+    /// A guest may have the state of AMX.
+    has_tiles: bool,
+    tsc_deadline: bool,
+}
+
+/// Whether this is leaf 0 of a CPU that follows AMD's manual.
+fn is_amd(entry: &kvm_cpuid_entry2) -> bool {
+    let name = [entry.ebx, entry.edx, entry.ecx].map(u32::to_le_bytes);
+    let names = [
+        [*b"Auth", *b"enti", *b"cAMD"],
+        [*b"Hygo", *b"nGen", *b"uine"],
+    ];
+    entry.function == 0 && names.contains(&name)
+}
+
+fn normalise(entry: &mut kvm_cpuid_entry2, vcpus: u8, host: &Host) {
     let count = u32::from(vcpus);
     let last = count.saturating_sub(1);
     match entry.function {
@@ -125,7 +163,7 @@ fn normalise(entry: &mut kvm_cpuid_entry2, vcpus: u8, tsc_deadline: bool) {
             entry.ebx = (entry.ebx & 0xff00_ffff) | count << 16;
             entry.ecx &= !(LEAF_1_ECX_REMOVED | LEAF_1_ECX_TSC_DEADLINE);
             entry.ecx |= LEAF_1_ECX_HYPERVISOR;
-            if tsc_deadline {
+            if host.tsc_deadline {
                 entry.ecx |= LEAF_1_ECX_TSC_DEADLINE;
             }
             entry.edx &= !(LEAF_1_EDX_REMOVED | LEAF_1_EDX_HTT);
@@ -152,15 +190,23 @@ fn normalise(entry: &mut kvm_cpuid_entry2, vcpus: u8, tsc_deadline: bool) {
             entry.ebx &= !LEAF_7_EBX_REMOVED;
             entry.ecx &= !LEAF_7_ECX_REMOVED;
             entry.edx &= !LEAF_7_EDX_REMOVED;
+            if !host.has_tiles {
+                entry.edx &= !LEAF_7_EDX_AMX;
+            }
+        }
+        0x7 if entry.index == 1 && !host.has_tiles => {
+            entry.eax &= !LEAF_7_1_EAX_AMX;
+            entry.edx &= !LEAF_7_1_EDX_AMX;
         }
         0x8000_0001 => {
             entry.ecx &= !(EXTENDED_ECX_REMOVED | EXTENDED_ECX_CMP_LEGACY);
-            if vcpus > 1 && entry.edx != 0 {
+            if vcpus > 1 && host.is_amd {
                 entry.ecx |= EXTENDED_ECX_CMP_LEGACY;
             }
         }
-        // ECX 7..0: cores - 1; 15..12: bits of an APIC id that name the core.
-        0x8000_0008 => entry.ecx = last | id_bits(vcpus) << 12,
+        // ECX, AMD only: 7..0: cores - 1; 15..12: bits of an APIC id that name the core.
+        0x8000_0008 if host.is_amd => entry.ecx = last | id_bits(vcpus) << 12,
+        0x8000_0008 => entry.ecx = 0,
         _ => {}
     }
 }
@@ -219,11 +265,14 @@ mod tests {
     }
 
     const ALL: [u32; 4] = [u32::MAX; 4];
+    /// "AuthenticAMD", "GenuineIntel".
+    const AMD: [u32; 4] = [0x1f, 0x6874_7541, 0x444d_4163, 0x6974_6e65];
+    const INTEL: [u32; 4] = [0x1f, 0x756e_6547, 0x6c65_746e, 0x4965_6e69];
 
     #[test]
     fn topology_is_ours() {
         let host = host(&[
-            (0, 0, [0x1f, 0, 0, 0]),
+            (0, 0, AMD),
             (1, 0, ALL),
             (4, 0, [0xfc00_4121, 1, 2, 3]),
             (4, 3, [0xfc03_c163, 1, 2, 3]),
@@ -251,6 +300,45 @@ mod tests {
         let alone = MachineCpuid::new(&host, 1, true).of_vcpu(0).unwrap();
         assert_eq!(read(&alone, 1, 0)[3] & LEAF_1_EDX_HTT, 0);
         assert_eq!(read(&alone, 0xb, 1), [0, 1, 0x201, 0]);
+    }
+
+    #[test]
+    fn only_amd_counts_cores_in_amds_way() {
+        for (vendor, is_amd) in [(AMD, true), (INTEL, false)] {
+            let host = host(&[
+                (0, 0, vendor),
+                (0x8000_0001, 0, ALL),
+                (0x8000_0008, 0, [0x3030, 0, u32::MAX, 0]),
+            ]);
+            let vcpu = MachineCpuid::new(&host, 5, true).of_vcpu(0).unwrap();
+            let cmp_legacy = read(&vcpu, 0x8000_0001, 0)[2] & EXTENDED_ECX_CMP_LEGACY;
+            assert_eq!(cmp_legacy != 0, is_amd);
+            assert_eq!(read(&vcpu, 0x8000_0008, 0)[2] != 0, is_amd);
+        }
+    }
+
+    #[test]
+    fn amx_is_there_only_with_its_state() {
+        for (components, there) in [(0x7, false), (0x2_0007, false), (0x6_0007, true)] {
+            let host = host(&[
+                (0, 0, INTEL),
+                (7, 0, ALL),
+                (7, 1, ALL),
+                (0xd, 0, [components, 0, 0, 0]),
+                (0x1d, 0, ALL),
+                (0x1d, 1, ALL),
+                (0x1e, 0, ALL),
+            ]);
+            let vcpu = MachineCpuid::new(&host, 1, true).of_vcpu(0).unwrap();
+            let expected = |bits: u32| if there { bits } else { 0 };
+            let amx = 1 << 22 | 1 << 24 | 1 << 25;
+            assert_eq!(read(&vcpu, 7, 0)[3] & amx, expected(amx));
+            let [eax, _, _, edx] = read(&vcpu, 7, 1);
+            assert_eq!(eax & 1 << 21, expected(1 << 21));
+            assert_eq!(edx & 1 << 8, expected(1 << 8));
+            let mut leaves = vcpu.as_slice().iter();
+            assert_eq!(leaves.any(|e| LEAVES_AMX.contains(&e.function)), there);
+        }
     }
 
     #[test]
