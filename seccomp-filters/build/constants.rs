@@ -59,6 +59,7 @@ const IOCTLS: &[(&str, u64, u64, u64, u64)] = &[
     ("KVM_CREATE_PIT2", WRITE, KVM, 0x77, 64),
     ("KVM_CREATE_VCPU", NONE, KVM, 0x41, 0),
     ("KVM_CREATE_VM", NONE, KVM, 0x01, 0),
+    ("KVM_ENABLE_CAP", WRITE, KVM, 0xa3, 104),
     ("KVM_GET_API_VERSION", NONE, KVM, 0x00, 0),
     ("KVM_GET_SREGS", READ, KVM, 0x83, 312),
     ("KVM_GET_SUPPORTED_CPUID", READ_WRITE, KVM, 0x05, 8),

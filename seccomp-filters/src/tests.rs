@@ -261,6 +261,21 @@ fn vcpus_run_the_guest_and_make_no_other_ioctl() {
     ));
 }
 
+/// Not every host's KVM has the switch, so a machine that starts does not show it.
+#[test]
+fn setup_may_take_the_performance_counters_away() {
+    const KVM_ENABLE_CAP: [u64; 2] = [9, 0x4068_aea3];
+    assert!(allows(
+        Role::Control,
+        Stage::Setup,
+        "ioctl",
+        &KVM_ENABLE_CAP
+    ));
+    for role in Role::VMM {
+        assert!(!allows(role, Stage::Sealed, "ioctl", &KVM_ENABLE_CAP));
+    }
+}
+
 #[test]
 fn no_policy_types_into_a_terminal() {
     for (role, stage) in every_policy() {

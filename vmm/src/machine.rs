@@ -148,6 +148,7 @@ pub fn build(config: &Config, resources: Resources) -> Result<Machine, Error> {
     let memory = memory::allocate(config.memory_size())?;
     vm.set_memory(&memory, cpuid.physical_address_bits())?;
     vm.create_irqchip(pit)?;
+    vm.disable_pmu();
 
     let vcpus = vm.create_vcpus(vcpu_count)?;
     for vcpu in &vcpus {

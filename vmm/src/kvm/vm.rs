@@ -3,8 +3,12 @@
 use std::fs::File;
 use std::os::fd::IntoRawFd;
 
-use kvm_bindings::{CpuId, kvm_pit_config, kvm_userspace_memory_region};
+use kvm_bindings::{
+    CpuId, KVM_CAP_PMU_CAPABILITY, KVM_PMU_CAP_DISABLE, kvm_enable_cap, kvm_pit_config,
+    kvm_userspace_memory_region,
+};
 use kvm_ioctls::{Cap, IoEventAddress, Kvm, VmFd};
+use log::{debug, warn};
 use vm_memory::{Address, GuestMemoryBackend as _, GuestMemoryRegion};
 use vmm_sys_util::eventfd::EventFd;
 
@@ -119,6 +123,27 @@ impl Vm {
                 .map_err(failed("create the i8254 timer"))?;
         }
         Ok(())
+    }
+
+    /// Takes the performance counters away from the guest. Its CPUID names none, but AMD's oldest ones
+    /// have no CPUID bit: a guest could count with them whatever it is told. To be called before any
+    /// vCPU is created; a kernel that cannot (before 5.18) is left as it is.
+    pub fn disable_pmu(&self) {
+        let capability = KVM_CAP_PMU_CAPABILITY;
+        let offered = self.fd.check_extension_raw(capability.into());
+        if offered & KVM_PMU_CAP_DISABLE.cast_signed() == 0 {
+            return debug!("KVM has no switch for the performance counters");
+        }
+        let mut request = kvm_enable_cap {
+            cap: capability,
+            ..Default::default()
+        };
+        if let Some(flags) = request.args.first_mut() {
+            *flags = KVM_PMU_CAP_DISABLE.into();
+        }
+        if let Err(error) = self.fd.enable_cap(&request) {
+            warn!("KVM leaves the performance counters to the guest: {error}");
+        }
     }
 
     /// Creates vCPUs 0 to `count` - 1, whose APIC ids are the same numbers.
