@@ -31,6 +31,8 @@ const TX: u16 = 1;
 const TAP: u32 = 0;
 /// Frames moved in one direction before the other devices get their turn.
 const BUDGET: usize = 64;
+/// Most frames thrown away at a start: more than a tap queues.
+const MAX_STALE: usize = 2048;
 
 /// struct virtio_net_hdr_v1 (section 5.1.6), which the tap speaks too.
 const HEADER_LEN: usize = 12;
@@ -115,6 +117,7 @@ impl Net {
 
     /// Starts, on a tap that is set up.
     fn run(&mut self, queues: Queues, features: u64, io: DeviceIo) -> Result<(), device::Error> {
+        self.drain();
         // Edge-triggered: a frame that waits for room in the guest must not wake us for ever.
         io.events
             .watch(&self.tap, TAP, EventSet::IN | EventSet::EDGE_TRIGGERED)?;
@@ -125,6 +128,20 @@ impl Net {
             frame: FrameBuffer::new(),
         });
         Ok(())
+    }
+
+    /// Throws away what the tap has queued: it may be unfinished in a way that an earlier driver
+    /// agreed to and this one did not.
+    fn drain(&self) {
+        // A tap drops what does not fit.
+        let mut start = [0; 64];
+        for _ in 0..MAX_STALE {
+            match (&self.tap).read(&mut start) {
+                Ok(1..) => {}
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Ok(0) | Err(_) => break,
+            }
+        }
     }
 }
 
@@ -193,6 +210,10 @@ impl VirtioDevice for Net {
             return QueueStates::default();
         };
         running.io.events.unwatch(&self.tap);
+        // The host finishes the frames of the time without a driver.
+        if let Err(error) = tap::set_offloads(&self.tap, Offloads::default()) {
+            debug!("net: the tap keeps its offloads: {error}");
+        }
         states(&running.queues)
     }
 

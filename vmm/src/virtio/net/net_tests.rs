@@ -190,10 +190,16 @@ fn a_receive_buffer_without_room_for_the_header_breaks_the_queue() {
 fn stops_without_watching_the_tap() {
     let (mut rig, mut peer) = rig(0, 16);
     let states = rig.device.stop();
-    peer.write_all(&frame(60, 3)).unwrap();
+    for _ in 0..3 {
+        peer.write_all(&frame(600, 3)).unwrap();
+    }
     assert_eq!(rig.events.wait(false).unwrap(), 0);
     rig.drivers[0].add(&[(DATA, 500, true)]);
     rig.start(&states, 0);
+    // What came meanwhile was for another driver.
+    rig.poll();
+    assert_eq!(rig.drivers[0].used(), None);
+    peer.write_all(&frame(60, 4)).unwrap();
     rig.poll();
     assert_eq!(rig.drivers[0].used(), Some((0, 72)));
 }
