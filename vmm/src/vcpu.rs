@@ -167,8 +167,9 @@ fn run_guest(vcpu: &mut Vcpu, buses: &Buses, ends: &EndSignal) -> Exit {
             Exit::Shutdown => ends.announce(End::PoweredOff),
             Exit::Reset => ends.announce(End::Reset),
             Exit::Crashed(why) => {
-                error!("the guest crashed: {why}");
+                // First of all: the log may be a pipe that nobody empties.
                 ends.announce(End::Crashed(why.clone()));
+                error!("the guest crashed: {why}");
             }
         }
         return exit;
