@@ -20,8 +20,7 @@ const BOOT_MSRS: [(u32, u64); 2] = [(MISC_ENABLE, 1), (MTRR_DEF_TYPE, 1 << 11 | 
 /// # Errors
 /// When the call itself fails.
 pub(super) fn set_boot_msrs(vcpu: &VcpuFd) -> Result<(), Error> {
-    let mut entries: &[(u32, u64)] = &BOOT_MSRS;
-    while !entries.is_empty() {
+    let refused = set_each(&BOOT_MSRS, |entries| {
         let list: Vec<_> = entries
             .iter()
             .map(|(index, data)| kvm_msr_entry {
@@ -31,15 +30,59 @@ pub(super) fn set_boot_msrs(vcpu: &VcpuFd) -> Result<(), Error> {
             })
             .collect();
         let list = Msrs::from_entries(&list).map_err(|_| Error::TooManyEntries("MSR"))?;
-        // It stops at the first one that it refuses and says how many it has set.
-        let set = vcpu.set_msrs(&list).map_err(failed("set MSRs"))?;
-        entries = match entries.get(set..) {
-            None | Some([]) => return Ok(()),
-            Some([(index, data), rest @ ..]) => {
-                warn!("KVM refuses to set MSR {index:#x} to {data:#x}: the guest starts without");
+        vcpu.set_msrs(&list).map_err(failed("set MSRs"))
+    })?;
+    for (index, data) in refused {
+        warn!("KVM refuses to set MSR {index:#x} to {data:#x}: the guest starts without");
+    }
+    Ok(())
+}
+
+/// Sets `entries` by `set`, which stops at the first one that it refuses and says how many it has set.
+/// Returns those that were refused.
+fn set_each<E>(
+    mut entries: &[(u32, u64)],
+    mut set: impl FnMut(&[(u32, u64)]) -> Result<usize, E>,
+) -> Result<Vec<(u32, u64)>, E> {
+    let mut refused = Vec::new();
+    while !entries.is_empty() {
+        let count = set(entries)?;
+        entries = match entries.get(count..) {
+            None | Some([]) => break,
+            Some([one, rest @ ..]) => {
+                refused.push(*one);
                 rest
             }
         };
     }
-    Ok(())
+    Ok(refused)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_refused_is_left_out_and_the_rest_is_set() {
+        let all = [(1, 10), (2, 20), (3, 30), (4, 40)];
+        for refused in [&[][..], &[1], &[4], &[2, 3], &[1, 2, 3, 4]] {
+            let mut done = Vec::new();
+            let left = set_each(&all, |entries| {
+                let accepted = entries.iter().take_while(|one| !refused.contains(&one.0));
+                let before = done.len();
+                done.extend(accepted);
+                Ok::<_, ()>(done.len() - before)
+            });
+            let (kept, without): (Vec<_>, Vec<_>) =
+                all.iter().partition(|one| !refused.contains(&one.0));
+            assert_eq!((left, done), (Ok(without), kept));
+        }
+    }
+
+    #[test]
+    fn a_call_that_fails_or_counts_too_far_ends_it() {
+        assert_eq!(set_each(&[(1, 1)], |_| Err("no")), Err("no"));
+        assert_eq!(set_each(&[(1, 1)], |_| Ok::<_, ()>(9)), Ok(vec![]));
+        assert_eq!(set_each(&[], |_| Err("not asked")), Ok(vec![]));
+    }
 }
