@@ -8,7 +8,8 @@ use seccompiler::{BpfProgram, SeccompAction, SeccompFilter, SeccompRule, TargetA
 use crate::condition::Value;
 use crate::policy::{Role, Rule};
 
-/// Instructions with which seccompiler's output begins: load the architecture, compare it, kill.
+/// Instructions with which seccompiler's output begins: load the architecture, compare it, kill. The
+/// kill becomes a trap, so that such a call is reported like every other.
 const ARCH_CHECK: usize = 3;
 /// Calls with this bit are x32's: another ABI for the same architecture value.
 const X32_BIT: u32 = 0x4000_0000;
@@ -103,17 +104,23 @@ fn compile(rules: &[Rule], tgid: u32) -> Result<BpfProgram, String> {
     let mut program: BpfProgram = filter
         .try_into()
         .map_err(|error: seccompiler::BackendError| error.to_string())?;
+    match program.get_mut(ARCH_CHECK - 1) {
+        Some(answer) if (answer.code, answer.k) == (RETURN, libc::SECCOMP_RET_KILL_PROCESS) => {
+            answer.k = libc::SECCOMP_RET_TRAP;
+        }
+        _ => return Err("seccompiler's output does not begin with the check of the ABI".into()),
+    }
     // All jumps are relative and lead forward, so instructions may be put in after the check.
     program.splice(ARCH_CHECK..ARCH_CHECK, prologue);
     Ok(program)
 }
 
-/// Loads the number of the call, and kills if it is x32's.
+/// Loads the number of the call, and traps if it is x32's.
 fn refuse_x32() -> BpfProgram {
     vec![
         instruction(LOAD_WORD, 0, 0, 0),
         instruction(JUMP_IF_GREATER_OR_EQUAL, 0, 1, X32_BIT),
-        instruction(RETURN, 0, 0, libc::SECCOMP_RET_KILL_PROCESS),
+        instruction(RETURN, 0, 0, libc::SECCOMP_RET_TRAP),
     ]
 }
 

@@ -13,7 +13,7 @@ const PATIENCE_MS: c_int = 100;
 
 /// Makes a seccomp violation in any thread end the process with the line
 /// `seccomp violation: thread NAME called SYSCALL (NUMBER) with ARG0, ARG1, ARG2` on standard error
-/// and exit code [`EXIT_VIOLATION`]. To be called once, early, before any filter is entered.
+/// and exit code [`EXIT_VIOLATION`]. A call of another ABI is named by that and its number alone. To be called once, early, before any filter is entered.
 ///
 /// # Errors
 /// When the kernel refuses the handler.
@@ -47,6 +47,12 @@ struct SigsysInfo {
     arch: u32,
 }
 
+/// `AUDIT_ARCH_X86_64` and `AUDIT_ARCH_I386` (linux/audit.h).
+const X86_64: u32 = 0xc000_003e;
+const I386: u32 = 0x4000_0003;
+/// Calls with this bit are x32's.
+const X32_BIT: i64 = 0x4000_0000;
+
 /// `si_code` of a SIGSYS that a seccomp filter raised (asm-generic/siginfo.h).
 const SYS_SECCOMP: c_int = 1;
 
@@ -65,14 +71,23 @@ extern "C" fn report(_: c_int, info: *mut libc::siginfo_t, context: *mut c_void)
         line.text(b"seccomp violation: thread ");
         line.text(until_nul(&thread_name()));
         line.text(b" called ");
-        line.text(syscall_name(number).unwrap_or("unknown").as_bytes());
+        // Numbers mean other calls in other ABIs.
+        let name = match info.arch {
+            X86_64 if number & X32_BIT != 0 => "unknown of x32",
+            X86_64 => syscall_name(number).unwrap_or("unknown"),
+            I386 => "unknown of the 32-bit ABI",
+            _ => "unknown of another ABI",
+        };
+        line.text(name.as_bytes());
         line.text(b" (");
         line.decimal(info.syscall.unsigned_abs());
         line.text(b") with ");
-        for (index, register) in [libc::REG_RDI, libc::REG_RSI, libc::REG_RDX]
-            .into_iter()
-            .enumerate()
-        {
+        let arguments = if info.arch == I386 {
+            [libc::REG_RBX, libc::REG_RCX, libc::REG_RDX]
+        } else {
+            [libc::REG_RDI, libc::REG_RSI, libc::REG_RDX]
+        };
+        for (index, register) in arguments.into_iter().enumerate() {
             if index > 0 {
                 line.text(b", ");
             }
