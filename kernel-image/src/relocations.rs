@@ -14,7 +14,7 @@ use crate::{Elf, Error};
 /// Virtual address that the kernel's link maps physical address 0 to (`__START_KERNEL_map`).
 pub const KERNEL_MAP: u64 = 0xffff_ffff_8000_0000;
 /// Debian's generic kernel has about 2 MiB of relocations.
-const MAX_BYTES: u64 = 64 << 20;
+const MAX_BYTES: u64 = 16 << 20;
 const ENTRY: u64 = 4;
 
 /// What is at a place and how it changes when the kernel moves up.
@@ -65,7 +65,7 @@ impl Relocations {
         let length = size.saturating_sub(elf.end);
         let bad = |reason| Error::BadRelocations { length, reason };
         if length > MAX_BYTES {
-            return Err(bad("they would be more than 64 MiB"));
+            return Err(bad("they would be more than 16 MiB"));
         }
         let mut bytes = vec![0; usize::try_from(length).map_err(|_| bad("too many"))?];
         source
@@ -77,14 +77,10 @@ impl Relocations {
         if length % ENTRY != 0 {
             return Err(bad("their size is no multiple of four"));
         }
-        let words: Vec<i32> = bytes
-            .chunks_exact(ENTRY as usize)
-            .filter_map(|chunk| Some(i32::from_le_bytes(*chunk.first_chunk()?)))
-            .collect();
-        if words.first() != Some(&0) {
+        if words(&bytes).next() != Some(0) {
             return Err(bad("they do not begin with a zero"));
         }
-        let lists = words.iter().filter(|word| **word == 0).count();
+        let lists = words(&bytes).filter(|word| *word == 0).count();
         let kinds: &[RelocationKind] = match lists {
             3 => &[
                 RelocationKind::Add32,
@@ -94,22 +90,22 @@ impl Relocations {
             2 => &[RelocationKind::Add32, RelocationKind::Add64],
             _ => return Err(bad("they are not two or three lists")),
         };
-        Self::collect(&words, kinds, elf).map(Some)
+        Self::collect(&bytes, kinds, elf).map(Some)
     }
 
-    /// Sorts `words`, from the last to the first, into the lists of `kinds`.
-    fn collect(words: &[i32], kinds: &[RelocationKind], elf: &Elf) -> Result<Self, Error> {
+    /// Sorts the words in `bytes`, from the last to the first, into the lists of `kinds`.
+    fn collect(bytes: &[u8], kinds: &[RelocationKind], elf: &Elf) -> Result<Self, Error> {
         let (start, end) = elf.physical_span();
         let mut kinds = kinds.iter().copied();
         let mut kind = kinds.next();
-        let mut entries = Vec::with_capacity(words.len());
-        for (index, word) in words.iter().rev().enumerate() {
-            if *word == 0 {
+        let mut entries = Vec::with_capacity(words(bytes).len());
+        for (index, word) in words(bytes).rev().enumerate() {
+            if word == 0 {
                 kind = kinds.next();
                 continue;
             }
             let Some(kind) = kind else { break };
-            let address = i64::from(*word).cast_unsigned();
+            let address = i64::from(word).cast_unsigned();
             let physical = address
                 .checked_sub(KERNEL_MAP)
                 .filter(|place| *place >= start && place.saturating_add(kind.width()) <= end)
@@ -133,6 +129,11 @@ impl Relocations {
     pub fn is_empty(&self) -> bool {
         self.entries.is_empty()
     }
+}
+
+fn words(bytes: &[u8]) -> impl DoubleEndedIterator<Item = i32> + ExactSizeIterator {
+    let (words, _) = bytes.as_chunks();
+    words.iter().map(|word| i32::from_le_bytes(*word))
 }
 
 #[cfg(test)]

@@ -68,6 +68,15 @@ fn other_tails_are_refused() {
 }
 
 #[test]
+fn a_tail_that_is_too_long_is_refused_unread() {
+    let mut file = testing::elf(&[0; 64], 128);
+    let elf = Elf::parse(file.as_slice()).unwrap();
+    file.resize(file.len() + 16 * 1024 * 1024 + 4, 0);
+    let error = Relocations::read(file.as_slice(), &elf).unwrap_err();
+    assert!(matches!(error, Error::BadRelocations { .. }), "{error}");
+}
+
+#[test]
 fn places_outside_the_kernel_are_refused() {
     // Before it, past it, straddling its end by one byte (8-byte and 4-byte), not a kernel address.
     for (list, word) in [
