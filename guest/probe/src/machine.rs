@@ -21,6 +21,14 @@ pub fn outb(port: u16, value: u8) {
     unsafe { asm!("out dx, al", in("dx") port, in("al") value, options(nomem, nostack)) };
 }
 
+/// Reads a byte from a port.
+pub fn inb(port: u16) -> u8 {
+    let value: u8;
+    // SAFETY: as in `outb`; reading a port touches no memory of ours either.
+    unsafe { asm!("in al, dx", in("dx") port, out("al") value, options(nomem, nostack)) };
+    value
+}
+
 /// Reads a register of a device.
 pub fn read32(address: u64) -> u32 {
     // SAFETY: the identity map covers the MMIO hole; only windows named on the command line

@@ -41,10 +41,9 @@ fn boots_with_the_most_vcpus_and_with_memory_above_the_hole() {
 }
 
 #[test]
-fn boots_with_a_pit_when_asked() {
-    let done = Vm::probe("")
-        .set("/machine-config/pit", json!(true))
-        .run()
-        .unwrap();
-    done.assert_line("probe: boot ok");
+fn there_is_a_pit_when_asked_and_only_then() {
+    let pit = Vm::probe("probe.task=pit").set("/machine-config/pit", json!(true));
+    pit.run().unwrap().assert_line("probe: pit ok");
+    let none = Vm::probe("probe.task=pit").run().unwrap();
+    none.assert_line("probe: pit FAIL: counter 2 has no switch");
 }

@@ -80,7 +80,7 @@ pub struct MachineDescription {
     pub has_i8042: bool,
     /// The generic event device.
     pub ged: GedInfo,
-    /// Whether there is an i8254 timer.
+    /// Whether there is an i8254 timer, and the i8259 pair that its interrupt goes through.
     pub pit: bool,
 }
 

@@ -4,8 +4,8 @@ use std::fs::File;
 use std::os::fd::IntoRawFd;
 
 use kvm_bindings::{
-    CpuId, KVM_CAP_PMU_CAPABILITY, KVM_PMU_CAP_DISABLE, kvm_enable_cap, kvm_pit_config,
-    kvm_userspace_memory_region,
+    CpuId, KVM_CAP_PMU_CAPABILITY, KVM_PIT_SPEAKER_DUMMY, KVM_PMU_CAP_DISABLE, kvm_enable_cap,
+    kvm_pit_config, kvm_userspace_memory_region,
 };
 use kvm_ioctls::{Cap, IoEventAddress, Kvm, VmFd};
 use log::{debug, warn};
@@ -118,8 +118,13 @@ impl Vm {
             .create_irq_chip()
             .map_err(failed("create the interrupt controllers"))?;
         if pit {
+            // With the port that switches and reads the third counter: guests calibrate by it.
+            let config = kvm_pit_config {
+                flags: KVM_PIT_SPEAKER_DUMMY,
+                ..Default::default()
+            };
             self.fd
-                .create_pit2(kvm_pit_config::default())
+                .create_pit2(config)
                 .map_err(failed("create the i8254 timer"))?;
         }
         Ok(())

@@ -2,6 +2,7 @@
 
 mod blk;
 mod net;
+mod pit;
 mod rng;
 mod vsock;
 
@@ -25,6 +26,7 @@ pub fn run(name: &str, cmdline: &Cmdline) -> Result<(), Failure> {
         "vsock" => vsock::echo(cmdline),
         "vsock-connect" => vsock::connect(cmdline),
         "net" => net::run(cmdline),
+        "pit" => pit::run(),
         _ => Err("no such task"),
     }
 }

@@ -3,6 +3,7 @@
 
 mod dsdt;
 
+use acpi_tables::Aml;
 use acpi_tables::fadt::{FADTBuilder, Flags};
 use acpi_tables::gas::{AccessSize, AddressSpace, GAS};
 use acpi_tables::madt::{
@@ -10,7 +11,6 @@ use acpi_tables::madt::{
 };
 use acpi_tables::rsdp::Rsdp;
 use acpi_tables::xsdt::XSDT;
-use acpi_tables::{Aml, madt};
 use vm_memory::{Bytes, GuestAddress};
 
 use super::{Error, MachineDescription};
@@ -30,6 +30,12 @@ const RESET_VALUE: u8 = 1;
 const BOOT_ARCH_8042: u16 = 1 << 1;
 const BOOT_ARCH_NO_VGA: u16 = 1 << 2;
 const BOOT_ARCH_NO_CMOS_RTC: u16 = 1 << 5;
+/// PCAT_COMPAT in the MADT's flags (section 5.2.12): there is a pair of i8259, to be masked by who uses
+/// the I/O APIC.
+const PCAT_COMPAT: u8 = 1 << 0;
+/// Where a table has its checksum, and the MADT its flags.
+const CHECKSUM: usize = 9;
+const MADT_FLAGS: usize = 40;
 
 /// Writes all tables into `layout::ACPI_TABLES_START..ACPI_TABLES_END`; returns the RSDP's address.
 pub(super) fn write(memory: &GuestMemory, machine: &MachineDescription) -> Result<u64, Error> {
@@ -52,7 +58,7 @@ fn build(machine: &MachineDescription, start: u64) -> Result<Vec<u8>, Error> {
     let mut blob = Blob::new(start, Rsdp::len());
     let dsdt = blob.add(&dsdt::build(machine)?);
     let fadt = blob.add(&bytes(&fadt(machine, dsdt)));
-    let madt = blob.add(&bytes(&madt(machine)));
+    let madt = blob.add(&madt(machine));
     let mut xsdt = XSDT::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION);
     xsdt.add_entry(fadt);
     xsdt.add_entry(madt);
@@ -89,7 +95,7 @@ fn register(address: u64) -> GAS {
     )
 }
 
-fn madt(machine: &MachineDescription) -> madt::MADT {
+fn madt(machine: &MachineDescription) -> Vec<u8> {
     let mut madt = MADT::new(
         OEM_ID,
         OEM_TABLE_ID,
@@ -101,7 +107,19 @@ fn madt(machine: &MachineDescription) -> madt::MADT {
     }
     // No interrupt overrides: every pin is named by the device that has it.
     madt.add_structure(IoApic::new(0, layout::IOAPIC_START as u32, 0));
-    madt
+    let mut table = bytes(&madt);
+    // The i8259 pair is routed for the timer's sake. The library knows no flags of this table.
+    if machine.pit {
+        for (at, change) in [
+            (MADT_FLAGS, PCAT_COMPAT),
+            (CHECKSUM, PCAT_COMPAT.wrapping_neg()),
+        ] {
+            if let Some(byte) = table.get_mut(at) {
+                *byte = byte.wrapping_add(change);
+            }
+        }
+    }
+    table
 }
 
 fn bytes(table: &dyn Aml) -> Vec<u8> {

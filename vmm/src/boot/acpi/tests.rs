@@ -86,12 +86,13 @@ fn fadt_is_hardware_reduced() {
 
 #[test]
 fn madt_names_every_cpu() {
-    for vcpus in [1, 2, 32] {
+    for (vcpus, pit) in [(1, false), (2, true), (32, false)] {
         let mut machine = machine(0);
         machine.vcpus = vcpus;
+        machine.pit = pit;
         let madt = tables(&machine).madt;
         assert_eq!(word(&madt, 36), 0xfee0_0000);
-        assert_eq!(word(&madt, 40), 0, "no 8259 pair");
+        assert_eq!(word(&madt, 40), u32::from(pit), "an 8259 pair with a PIT");
         let (cpus, io_apic) = madt[44..].split_at(usize::from(vcpus) * 8);
         for (id, cpu) in (0..vcpus).zip(cpus.chunks(8)) {
             assert_eq!(cpu, [0, 8, id, id, 1, 0, 0, 0]);
