@@ -1,6 +1,7 @@
 //! Both boot protocols, from the kernel image to the first line.
 
 use casemate_tests::{Vm, exit};
+use nix::sys::signal::Signal;
 use serde_json::json;
 
 #[test]
@@ -38,6 +39,32 @@ fn boots_with_the_most_vcpus_and_with_memory_above_the_hole() {
         .run()
         .unwrap();
     done.assert_line("probe: boot ok");
+}
+
+/// The probe starts no second CPU; each has its thread all the same.
+#[test]
+fn every_vcpu_has_a_thread() {
+    for count in [1, 32] {
+        let vm = Vm::probe("probe.task=spin")
+            .set("/machine-config/vcpu_count", json!(count))
+            .unjailed()
+            .start()
+            .unwrap();
+        vm.wait_for_line("probe: spin").unwrap();
+        let mut names: Vec<String> = std::fs::read_dir(format!("/proc/{}/task", vm.pid()))
+            .unwrap()
+            .flatten()
+            .filter_map(|thread| std::fs::read_to_string(thread.path().join("comm")).ok())
+            .map(|name| name.trim_end().to_owned())
+            .filter(|name| name.starts_with("vcpu"))
+            .collect();
+        let mut expected: Vec<String> = (0..count).map(|id| format!("vcpu{id}")).collect();
+        names.sort();
+        expected.sort();
+        assert_eq!(names, expected);
+        vm.signal(Signal::SIGKILL).unwrap();
+        vm.wait().unwrap();
+    }
 }
 
 #[test]
