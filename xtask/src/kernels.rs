@@ -8,7 +8,7 @@ use std::process::{Command, Stdio};
 use anyhow::{Context, Result, bail};
 
 use crate::packages::{self, Flavour};
-use crate::workspace::{kernels_dir, say};
+use crate::workspace::{kernels_dir, lock, say};
 
 /// A kernel's image is some 60 MiB.
 const MAX_IMAGE: u64 = 512 << 20;
@@ -30,7 +30,11 @@ pub fn lab_kernel() -> Result<LabKernel> {
     let name = deb.file_stem().context("a kernel package without a name")?;
     let place = kernels_dir().join(name);
     if !place.exists() {
-        unpack(&deb, &place)?;
+        let _lock = lock("unpacking")?;
+        // Another run may have done it.
+        if !place.exists() {
+            unpack(&deb, &place)?;
+        }
     }
     let modules = only_entry(&place.join("lib/modules"))?;
     Ok(LabKernel {
@@ -39,8 +43,8 @@ pub fn lab_kernel() -> Result<LabKernel> {
     })
 }
 
-/// Unpacks `deb` beside `place` and renames it there when complete, so that an interrupted or a
-/// concurrent run leaves nothing half done.
+/// Unpacks `deb` beside `place` and renames it there when complete, so that an interrupted run
+/// leaves nothing half done.
 fn unpack(deb: &Path, place: &Path) -> Result<()> {
     packages::install(&[&packages::BUSYBOX])?;
     say(format_args!("unpacking {}", deb.display()));
@@ -64,13 +68,8 @@ fn unpack(deb: &Path, place: &Path) -> Result<()> {
         .arg(partial.path())
         .arg(release))?;
     fs::remove_dir_all(&boot)?;
-    let partial = partial.keep();
-    if let Err(error) = fs::rename(&partial, place) {
-        fs::remove_dir_all(&partial)?;
-        if !place.exists() {
-            return Err(error).with_context(|| format!("rename to {}", place.display()));
-        }
-    }
+    fs::rename(partial.path(), place).with_context(|| format!("rename to {}", place.display()))?;
+    let _ = partial.keep();
     Ok(())
 }
 

@@ -6,7 +6,7 @@ use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, bail};
 
-use crate::workspace::say;
+use crate::workspace::{lock, say};
 
 /// A program that a task needs, and the package that has it.
 pub struct Need {
@@ -54,10 +54,12 @@ pub const XZ: Need = Need {
 /// # Errors
 /// When something is missing and cannot be installed: the message says what to install by hand.
 pub fn install(needs: &[&Need]) -> Result<()> {
-    let missing: Vec<_> = needs
-        .iter()
-        .filter(|need| !need.files.iter().any(|file| Path::new(file).exists()))
-        .collect();
+    if missing(needs).is_empty() {
+        return Ok(());
+    }
+    // apt refuses to run twice at once; what another run installs meanwhile is no longer missing.
+    let _lock = lock("packages")?;
+    let missing = missing(needs);
     if missing.is_empty() {
         return Ok(());
     }
@@ -101,6 +103,11 @@ pub fn install(needs: &[&Need]) -> Result<()> {
         bail!("apt-get could not install {}; {by_hand}", names.join(", "));
     }
     Ok(())
+}
+
+fn missing<'a>(needs: &[&'a Need]) -> Vec<&'a Need> {
+    let is_missing = |need: &&Need| !need.files.iter().any(|file| Path::new(file).exists());
+    needs.iter().copied().filter(is_missing).collect()
 }
 
 fn update_lists() -> Result<()> {
@@ -152,33 +159,55 @@ pub fn kernel_deb(flavour: Flavour, dir: &Path) -> Result<PathBuf> {
     if let Some(found) = newest_deb(flavour, dir)? {
         return Ok(found);
     }
+    let _lock = lock("packages")?;
+    // Another run may have had it.
+    if let Some(found) = newest_deb(flavour, dir)? {
+        return Ok(found);
+    }
     // Old lists name a version that the mirror has no more.
     if !download(flavour, dir)? {
         update_lists()?;
         if !download(flavour, dir)? {
-            let name = flavour.metapackage();
             bail!(
-                "apt-get could not download {name}'s kernel; put its .deb into {}",
-                dir.display()
+                "apt-get could not download {}'s kernel; {}",
+                flavour.metapackage(),
+                by_hand(dir)
             );
         }
     }
     newest_deb(flavour, dir)?.with_context(|| format!("no kernel package in {}", dir.display()))
 }
 
+/// What to do where apt does not have the package: on Ubuntu, for one, whose packages are others.
+fn by_hand(dir: &Path) -> String {
+    format!(
+        "put a linux-image-*.deb of Debian's into {} (`cargo xtask demo --kernel FILE` takes any kernel for its guest)",
+        dir.display()
+    )
+}
+
+/// Downloads beside `dir`'s packages and renames when complete: an interrupted run leaves none that is cut.
 fn download(flavour: Flavour, dir: &Path) -> Result<bool> {
-    let package = concrete_package(flavour)?;
+    let package = concrete_package(flavour, dir)?;
     say(format_args!(
         "downloading {package} (to be unpacked, not installed)"
     ));
+    let partial = tempfile::Builder::new()
+        .prefix(".downloading-")
+        .tempdir_in(dir)?;
     let status = Command::new("apt-get")
         // Else apt complains that its own user cannot write to this directory.
         .args(["-o", "APT::Sandbox::User=root", "-qq", "download", &package])
-        .current_dir(dir)
+        .current_dir(partial.path())
         .stdin(Stdio::null())
         .status()
         .context("run apt-get download")?;
-    Ok(status.success())
+    let Some(deb) = newest_deb(flavour, partial.path())?.filter(|_| status.success()) else {
+        return Ok(false);
+    };
+    let name = deb.file_name().context("a package without a name")?;
+    fs::rename(&deb, dir.join(name)).with_context(|| format!("rename {}", deb.display()))?;
+    Ok(true)
 }
 
 fn newest_deb(flavour: Flavour, dir: &Path) -> Result<Option<PathBuf>> {
@@ -194,14 +223,14 @@ fn newest_deb(flavour: Flavour, dir: &Path) -> Result<Option<PathBuf>> {
 }
 
 /// The package that the metapackage depends on: `linux-image-6.1.0-56-amd64` and the like.
-fn concrete_package(flavour: Flavour) -> Result<String> {
+fn concrete_package(flavour: Flavour, dir: &Path) -> Result<String> {
     let metapackage = flavour.metapackage();
     let look_up = || -> Result<Option<String>> {
         let output = Command::new("apt-cache")
             .args(["depends", "--important", metapackage])
             .stderr(Stdio::null())
             .output()
-            .with_context(|| format!("run apt-cache (is this Debian? Else put {metapackage}'s .deb into place by hand)"))?;
+            .with_context(|| format!("run apt-cache; {}", by_hand(dir)))?;
         let text = String::from_utf8_lossy(&output.stdout);
         Ok(text
             .lines()
@@ -213,5 +242,10 @@ fn concrete_package(flavour: Flavour) -> Result<String> {
         return Ok(name);
     }
     update_lists()?;
-    look_up()?.with_context(|| format!("apt knows no package {metapackage}"))
+    look_up()?.with_context(|| {
+        format!(
+            "apt knows no package {metapackage}, Debian's; {}",
+            by_hand(dir)
+        )
+    })
 }
