@@ -22,7 +22,6 @@ pub fn register(artifacts: &Artifacts, data: &Path, flavour: Flavour) -> Result<
         Flavour::Cloud => "cloud",
     };
     if !data.join("kernels").join(name).exists() {
-        packages::install(&[&packages::XZ])?;
         let deb = packages::kernel_deb(flavour, &kernels_dir())?;
         add(artifacts, data, name, &["--deb"], &deb)?;
     }

@@ -61,6 +61,7 @@ fn unpack(deb: &Path, place: &Path) -> Result<()> {
     let release = release.file_name().context("no kernel release")?;
     let bzimage = boot.join(format!("vmlinuz-{}", release.to_string_lossy()));
     unpack_payload(&bzimage, &partial.path().join("vmlinux"))?;
+    decompress_modules(&partial.path().join("lib/modules"))?;
     // `modprobe` in the lab needs the index that the package's own installation would make.
     run(Command::new("busybox")
         .arg("depmod")
@@ -70,6 +71,30 @@ fn unpack(deb: &Path, place: &Path) -> Result<()> {
     fs::remove_dir_all(&boot)?;
     fs::rename(partial.path(), place).with_context(|| format!("rename to {}", place.display()))?;
     let _ = partial.keep();
+    Ok(())
+}
+
+/// Debian compresses modules since version 13, Ubuntu does it otherwise; busybox's depmod and
+/// modprobe read neither for sure.
+fn decompress_modules(modules: &Path) -> Result<()> {
+    for (ending, need, program) in [
+        ("xz", &packages::XZ, &["xz", "-d"][..]),
+        ("zst", &packages::ZSTD, &["zstd", "-d", "-q", "--rm"]),
+    ] {
+        let pattern = format!("*.ko.{ending}");
+        let find = || {
+            let mut find = Command::new("find");
+            find.arg(modules)
+                .args(["-type", "f", "-name", pattern.as_str()]);
+            find
+        };
+        let first = find().args(["-print", "-quit"]).output();
+        if first.context("run find")?.stdout.is_empty() {
+            continue;
+        }
+        packages::install(&[need])?;
+        run(find().arg("-exec").args(program).args(["{}", "+"]))?;
+    }
     Ok(())
 }
 

@@ -42,11 +42,23 @@ pub const IPROUTE: Need = Need {
     package: "iproute2",
     reason: "tests of network devices make taps in namespaces",
 };
-/// `xz`, which dpkg-deb and the kernel's payload use.
+/// `mkfs.ext4`, for a root file system that is an image.
+pub const EXT4: Need = Need {
+    files: &["/usr/sbin/mkfs.ext4", "/sbin/mkfs.ext4"],
+    package: "e2fsprogs",
+    reason: "a test boots from an ext4 image",
+};
+/// `xz`, with which a distribution may have compressed its modules.
 pub const XZ: Need = Need {
     files: &["/usr/bin/xz"],
     package: "xz-utils",
-    reason: "kernel packages and modules may be compressed with it",
+    reason: "the lab kernel's modules are compressed with it",
+};
+/// `zstd`, likewise.
+pub const ZSTD: Need = Need {
+    files: &["/usr/bin/zstd"],
+    package: "zstd",
+    reason: "the lab kernel's modules are compressed with it",
 };
 
 /// Installs those packages of `needs` that are missing.

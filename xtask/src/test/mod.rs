@@ -67,7 +67,7 @@ pub fn main(arguments: &Arguments) -> Result<ExitCode> {
         &packages::BUSYBOX,
         &packages::EROFS,
         &packages::IPROUTE,
-        &packages::XZ,
+        &packages::EXT4,
     ])?;
     let artifacts = artifacts::build()?;
     let host = Host::look(&artifacts)?;
