@@ -9,7 +9,7 @@ use anyhow::{Context, Result};
 
 use crate::artifacts::{self, Artifacts};
 use crate::guests;
-use crate::host::{Host, Where};
+use crate::host::{Host, Where, need_root};
 use crate::lab;
 use crate::packages::{self, Flavour};
 use crate::workspace::{self, say};
@@ -53,6 +53,7 @@ pub struct Arguments {
 /// When something on the way to the guest fails.
 pub fn main(arguments: &Arguments) -> Result<ExitCode> {
     let started = Instant::now();
+    need_root("demo")?;
     packages::install(&[&packages::BUSYBOX, &packages::EROFS])?;
     let artifacts = artifacts::build()?;
     let choice = Host::look(&artifacts)?.for_linux();

@@ -1,8 +1,9 @@
 //! What this host can run directly, and what goes into the lab.
 
+use std::collections::BTreeMap;
 use std::process::Command;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use serde::Deserialize;
 
 use crate::artifacts::Artifacts;
@@ -39,19 +40,67 @@ pub struct Choice {
 /// What matters about this host.
 pub struct Host {
     mode: GuestMode,
-    root: bool,
     kvm_error: Option<String>,
+    /// What else the tests cannot do without, and this host does not have.
+    lacks: Option<&'static str>,
 }
 
 #[derive(Deserialize)]
 struct Report {
     kvm: KvmReport,
+    landlock: LandlockReport,
+    cgroup: CgroupReport,
+    tools: ToolsReport,
+}
+
+#[derive(Deserialize)]
+struct LandlockReport {
+    abi: i32,
+}
+
+#[derive(Deserialize)]
+struct CgroupReport {
+    controllers: BTreeMap<String, u8>,
+}
+
+#[derive(Deserialize)]
+struct ToolsReport {
+    tun: bool,
 }
 
 #[derive(Deserialize)]
 struct KvmReport {
     guest_mode: GuestMode,
     error: Option<String>,
+}
+
+impl Report {
+    fn lacks(&self) -> Option<&'static str> {
+        let has = |name: &str| self.cgroup.controllers.contains_key(name);
+        if self.landlock.abi < 1 {
+            Some("Landlock")
+        } else if !self.tools.tun {
+            Some("/dev/net/tun")
+        } else if !["cpu", "memory", "pids"].into_iter().all(has) {
+            Some("cgroup controllers cpu, memory and pids")
+        } else {
+            None
+        }
+    }
+}
+
+/// Refuses any account but root at once, before anything is built: packages are installed, kernels registered and
+/// jails built by root only.
+///
+/// # Errors
+/// When this is another account.
+pub fn need_root(task: &str) -> Result<()> {
+    if !nix::unistd::geteuid().is_root() {
+        bail!(
+            "{task} needs root, to install packages and to build jails: sudo env \"PATH=$PATH\" cargo xtask {task}"
+        );
+    }
+    Ok(())
 }
 
 impl Host {
@@ -73,10 +122,9 @@ impl Host {
         );
         let report: Report = serde_json::from_slice(&output.stdout)
             .context("read what casemate doctor --json said")?;
-        let root = nix::unistd::geteuid().is_root();
         Ok(Self {
             mode: report.kvm.guest_mode,
-            root,
+            lacks: report.lacks(),
             kvm_error: report.kvm.error,
         })
     }
@@ -98,12 +146,9 @@ impl Host {
     }
 
     fn choose(&self, here: bool, why_here: &str) -> Choice {
-        let (place, reason) = match (here, self.root) {
-            (true, true) => (Where::Here, why_here.to_owned()),
-            (true, false) => (
-                Where::Lab,
-                "jails need root, which this account is not".to_owned(),
-            ),
+        let (place, reason) = match (here, self.lacks) {
+            (true, None) => (Where::Here, why_here.to_owned()),
+            (true, Some(what)) => (Where::Lab, format!("this host has no {what}")),
             (false, _) => (Where::Lab, self.why_not()),
         };
         Choice { place, reason }
@@ -133,20 +178,22 @@ impl std::fmt::Display for Choice {
 mod tests {
     use super::*;
 
-    fn places(mode: GuestMode, root: bool) -> (Where, Where) {
+    fn places(mode: GuestMode, lacks: Option<&'static str>) -> (Where, Where) {
         let host = Host {
             mode,
-            root,
             kvm_error: None,
+            lacks,
         };
         (host.for_probe().place, host.for_linux().place)
     }
 
     #[test]
     fn each_tier_goes_where_it_can_run() {
-        assert_eq!(places(GuestMode::Native, true), (Where::Here, Where::Here));
-        assert_eq!(places(GuestMode::Emulated, true), (Where::Here, Where::Lab));
-        assert_eq!(places(GuestMode::Absent, true), (Where::Lab, Where::Lab));
-        assert_eq!(places(GuestMode::Native, false), (Where::Lab, Where::Lab));
+        let complete = |mode| places(mode, None);
+        assert_eq!(complete(GuestMode::Native), (Where::Here, Where::Here));
+        assert_eq!(complete(GuestMode::Emulated), (Where::Here, Where::Lab));
+        assert_eq!(complete(GuestMode::Absent), (Where::Lab, Where::Lab));
+        let without = places(GuestMode::Native, Some("Landlock"));
+        assert_eq!(without, (Where::Lab, Where::Lab));
     }
 }

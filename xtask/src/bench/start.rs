@@ -9,7 +9,7 @@ use anyhow::{Context, Result};
 use super::contestant::{Contestant, Task};
 use super::measure::{self, Memory, Times};
 use crate::artifacts::{self, Artifacts};
-use crate::host::{Host, Where};
+use crate::host::{Host, Where, need_root};
 use crate::packages;
 use crate::workspace::{self, say};
 
@@ -39,6 +39,7 @@ struct Row {
 /// # Errors
 /// When one of them fails.
 pub fn main(arguments: &Arguments) -> Result<ExitCode> {
+    need_root("bench")?;
     packages::install(&[&packages::QEMU])?;
     let artifacts = artifacts::build()?;
     let choice = Host::look(&artifacts)?.for_probe();

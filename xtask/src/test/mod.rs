@@ -2,8 +2,10 @@
 //!
 //! A test program of `tests/` belongs to the tier that ends its name: `security_host` needs no KVM,
 //! `functional_kvm` drives the bare-metal probe on `/dev/kvm`, `functional_linux` runs Linux guests.
-//! The tests beside the code are in the host tier. What cannot run on this host runs in the lab.
+//! The tests beside the code are in the host tier; those of them that build jails or enter a VM are known by name.
+//! What cannot run on this host runs in the lab.
 
+mod needs;
 mod programs;
 mod tally;
 
@@ -14,7 +16,7 @@ use anyhow::{Context, Result};
 
 use crate::artifacts::{self, Artifacts};
 use crate::guests;
-use crate::host::{Choice, Host, Where};
+use crate::host::{Choice, Host, Where, need_root};
 use crate::packages::{self, Flavour};
 use crate::workspace::{self, say};
 use programs::{Program, Settings};
@@ -29,7 +31,7 @@ pub struct Arguments {
     /// One tier only
     #[arg(long)]
     tier: Option<Tier>,
-    /// The kvm and linux tiers in the lab, also where this host could run them
+    /// What needs KVM in the lab, also where this host could run it
     #[arg(long)]
     lab: bool,
     /// Only tests whose name contains this
@@ -62,6 +64,7 @@ impl Tier {
 /// # Errors
 /// When nothing can be run at all; what fails later is in the summary.
 pub fn main(arguments: &Arguments) -> Result<ExitCode> {
+    need_root("test")?;
     packages::install(&[
         &packages::QEMU,
         &packages::BUSYBOX,
@@ -78,25 +81,28 @@ pub fn main(arguments: &Arguments) -> Result<ExitCode> {
     let mut places = Vec::new();
     for tier in &tiers {
         let choice = match tier {
-            Tier::Host => None,
-            _ if arguments.lab => Some(Choice {
+            _ if arguments.lab => Choice {
                 place: Where::Lab,
                 reason: "--lab asks for it".to_owned(),
-            }),
-            Tier::Kvm => Some(host.for_probe()),
-            Tier::Linux => Some(host.for_linux()),
+            },
+            Tier::Host | Tier::Kvm => host.for_probe(),
+            Tier::Linux => host.for_linux(),
         };
-        match &choice {
-            None => say("tier host runs on this host: it needs no KVM"),
-            Some(choice) => say(format_args!("tier {} runs {choice}", tier.name())),
+        match (tier, choice.place) {
+            (Tier::Host, Where::Here) => say("tier host runs on this host: it has what it takes"),
+            (Tier::Host, Where::Lab) => say(format_args!(
+                "tier host runs on this host; its tests of jails and vCPUs {choice}"
+            )),
+            _ => say(format_args!("tier {} runs {choice}", tier.name())),
         }
-        places.push(choice.map_or(Where::Here, |choice| choice.place));
+        places.push(choice.place);
     }
+    let programs = programs::build()?;
 
     let mut results = Vec::new();
     for (tier, place) in tiers.into_iter().zip(places) {
         let started = Instant::now();
-        let tally = run(tier, place, arguments, &artifacts).unwrap_or_else(|error| {
+        let tally = run(tier, place, &programs, arguments, &artifacts).unwrap_or_else(|error| {
             let mut tally = Tally::default();
             tally.problem(format!("the {} tier could not run: {error:#}", tier.name()));
             tally
@@ -106,45 +112,73 @@ pub fn main(arguments: &Arguments) -> Result<ExitCode> {
     Ok(summary(results))
 }
 
-fn run(tier: Tier, place: Where, arguments: &Arguments, artifacts: &Artifacts) -> Result<Tally> {
+fn run(
+    tier: Tier,
+    place: Where,
+    programs: &[Program],
+    arguments: &Arguments,
+    artifacts: &Artifacts,
+) -> Result<Tally> {
     let filter = arguments.filter.as_deref();
-    let mut total = Tally::default();
-    if tier == Tier::Host {
-        total.add(programs::run_unit_tests(filter)?);
-    }
-    let programs: Vec<Program> = programs::build()?
-        .into_iter()
-        .filter(|program| program.name.ends_with(&format!("_{}", tier.name())))
+    let suffix = format!("_{}", tier.name());
+    let mine: Vec<&Program> = programs
+        .iter()
+        .filter(|program| match program.crosses_processes() {
+            true => program.name.ends_with(&suffix),
+            false => tier == Tier::Host,
+        })
         .collect();
-    anyhow::ensure!(
-        !programs.is_empty(),
-        "tests/ has no program named *_{}",
-        tier.name()
-    );
+    anyhow::ensure!(!mine.is_empty(), "there is no program named *{suffix}");
     let env = environment(tier, arguments, artifacts)?;
     let minutes = if arguments.full { 60 } else { 20 };
-    let timeout = Duration::from_secs(minutes * 60);
     let settings = Settings {
         filter,
         full: arguments.full,
         env: &env,
-        timeout,
+        timeout: Duration::from_secs(minutes * 60),
     };
-    // Two labs are what two cores carry; each holds 3 GiB.
-    let labs = std::thread::available_parallelism().map_or(1, |cores| cores.get().min(2));
-    for program in programs {
-        let tests = program.list(&settings)?;
-        if tests.is_empty() {
-            continue;
-        }
-        say(format_args!("{}: {} tests", program.name, tests.len()));
-        total.add(match place {
-            Where::Here => program.run_here(&settings, &tests)?,
-            Where::Lab => program.run_in_labs(&settings, &tests, labs),
-        });
+    let mut total = Tally::default();
+    for program in mine {
+        total.add(run_program(program, tier, place, &settings)?);
+    }
+    if tier == Tier::Host {
+        total.add(programs::run_examples(filter)?);
     }
     // Only a filter may leave a tier without a test: an empty one must not pass in silence.
     anyhow::ensure!(filter.is_some() || total.reported() > 0, "it has no tests");
+    Ok(total)
+}
+
+fn run_program(program: &Program, tier: Tier, place: Where, settings: &Settings) -> Result<Tally> {
+    if program.is_without_harness() {
+        return match settings.filter {
+            Some(filter) if !program.name.contains(filter) => Ok(Tally::default()),
+            _ => program.run_whole(settings),
+        };
+    }
+    let tests = program.list(settings)?;
+    let (movable, fixed): (Vec<String>, Vec<String>) = tests
+        .into_iter()
+        .partition(|test| tier != Tier::Host || needs::kvm(&program.name, test));
+    let (here, in_lab) = match place {
+        Where::Here => ([fixed, movable].concat(), Vec::new()),
+        Where::Lab => (fixed, movable),
+    };
+    let mut total = Tally::default();
+    if !here.is_empty() {
+        say(format_args!("{}: {} tests", program.name, here.len()));
+        total.add(program.run_here(settings, &here)?);
+    }
+    if !in_lab.is_empty() {
+        say(format_args!(
+            "{}: {} tests in the lab",
+            program.name,
+            in_lab.len()
+        ));
+        // Two labs are what two cores carry; each holds 3 GiB.
+        let labs = std::thread::available_parallelism().map_or(1, |cores| cores.get().min(2));
+        total.add(program.run_in_labs(settings, &in_lab, labs));
+    }
     Ok(total)
 }
 

@@ -1,4 +1,4 @@
-//! The test programs of `tests/`, and how one is run here or in the lab.
+//! The test programs, those of the crates and those of `tests/`, and how one is run here or in the lab.
 
 use std::io::{self, Read, Write};
 use std::path::PathBuf;
@@ -16,11 +16,19 @@ use crate::artifacts::cargo;
 use crate::lab::{self, Outcome};
 use crate::workspace;
 
+/// The package of `tests/`.
+const CROSSING: &str = "tests";
+
+/// Programs without libtest's harness (`harness = false`): they know no options and run as a whole.
+const WITHOUT_HARNESS: [&str; 2] = ["session", "unjailed"];
+
 /// A built test program.
 pub struct Program {
     /// The target's name, such as `functional_kvm`.
     pub name: String,
     path: PathBuf,
+    /// The directory of its package, in which cargo would run it.
+    dir: PathBuf,
 }
 
 /// How to run it.
@@ -40,21 +48,28 @@ struct Message {
     reason: String,
     executable: Option<PathBuf>,
     target: Option<Target>,
+    profile: Option<Profile>,
+    manifest_path: Option<PathBuf>,
 }
 
 #[derive(Deserialize)]
 struct Target {
     name: String,
-    kind: Vec<String>,
 }
 
-/// Builds the test programs, without running them.
+#[derive(Deserialize)]
+struct Profile {
+    test: bool,
+}
+
+/// Builds the test programs of all crates, without running them.
 ///
 /// # Errors
 /// When cargo fails.
 pub fn build() -> Result<Vec<Program>> {
     let output = cargo()
-        .args(["test", "--no-run", "--package", "casemate-tests", "--tests"])
+        .args(["test", "--no-run", "--workspace"])
+        .args(["--exclude", "casemate-probe"])
         .arg("--message-format=json-render-diagnostics")
         .stderr(Stdio::inherit())
         .output()
@@ -69,33 +84,47 @@ pub fn build() -> Result<Vec<Program>> {
         .filter(|line| !line.is_empty())
     {
         let message: Message = serde_json::from_slice(line).context("read cargo's messages")?;
-        if let ("compiler-artifact", Some(target), Some(path)) =
-            (message.reason.as_str(), message.target, message.executable)
-            && target.kind.iter().any(|kind| kind == "test")
+        if let ("compiler-artifact", Some(target), Some(path), Some(manifest)) = (
+            message.reason.as_str(),
+            message.target,
+            message.executable,
+            message.manifest_path,
+        ) && message.profile.is_some_and(|profile| profile.test)
         {
+            let dir = manifest.parent().context("a package without a directory")?;
             programs.push(Program {
                 name: target.name,
                 path,
+                dir: dir.to_path_buf(),
             });
         }
     }
     Ok(programs)
 }
 
-/// Runs the unit tests of all crates.
+/// Runs the examples in the documentation of all crates.
 ///
 /// # Errors
 /// When cargo cannot be started.
-pub fn run_unit_tests(filter: Option<&str>) -> Result<Tally> {
+pub fn run_examples(filter: Option<&str>) -> Result<Tally> {
     let mut command = cargo();
-    command.args(["test", "--workspace", "--no-fail-fast"]);
-    command.args(["--exclude", "casemate-tests", "--exclude", "casemate-probe"]);
+    command.args(["test", "--quiet", "--doc", "--workspace", "--no-fail-fast"]);
+    command.args(["--exclude", "casemate-probe"]);
     command.args(filter);
-    // Compiling on a new machine counts too.
-    run_here(&mut command, Duration::from_secs(2400), None)
+    run_here(&mut command, Duration::from_secs(600), None)
 }
 
 impl Program {
+    /// Whether it is one of `tests/`, whose name says its tier.
+    pub fn crosses_processes(&self) -> bool {
+        self.dir == workspace::root().join(CROSSING)
+    }
+
+    /// Whether it runs as a whole, by [`Program::run_whole`] only.
+    pub fn is_without_harness(&self) -> bool {
+        WITHOUT_HARNESS.contains(&self.name.as_str())
+    }
+
     /// The names of its tests that match.
     ///
     /// # Errors
@@ -106,12 +135,38 @@ impl Program {
             .args(settings.filter)
             .output()
             .with_context(|| format!("list the tests of {}", self.name))?;
+        if !output.status.success() {
+            bail!("{} cannot list its tests ({})", self.name, output.status);
+        }
         let text = String::from_utf8_lossy(&output.stdout);
-        Ok(text
-            .lines()
-            .filter_map(|line| line.strip_suffix(": test"))
-            .map(str::to_owned)
-            .collect())
+        let tests = text.lines().map(|line| line.strip_suffix(": test"));
+        tests
+            .map(|test| test.map(str::to_owned))
+            .collect::<Option<_>>()
+            .with_context(|| format!("{} is no libtest program: see WITHOUT_HARNESS", self.name))
+    }
+
+    /// Runs a program without a harness on this host: one test.
+    ///
+    /// # Errors
+    /// When it cannot be started.
+    pub fn run_whole(&self, settings: &Settings) -> Result<Tally> {
+        let mut command = self.command(settings);
+        let mut tally = run_here(&mut command, settings.timeout, Some((&self.name, 0)))?;
+        if tally.failed == 0 {
+            tally.passed += 1;
+        }
+        Ok(tally)
+    }
+
+    fn command(&self, settings: &Settings) -> Command {
+        let mut command = Command::new(&self.path);
+        command.envs(settings.env.iter().map(|(name, value)| (name, value)));
+        command
+            .env("CARGO_MANIFEST_DIR", &self.dir)
+            .current_dir(&self.dir)
+            .stdin(Stdio::null());
+        command
     }
 
     fn arguments(&self, settings: &Settings, tests: &[String]) -> Vec<String> {
@@ -128,12 +183,8 @@ impl Program {
     /// # Errors
     /// When it cannot be started.
     pub fn run_here(&self, settings: &Settings, tests: &[String]) -> Result<Tally> {
-        let mut command = Command::new(&self.path);
+        let mut command = self.command(settings);
         command.args(self.arguments(settings, tests));
-        command.envs(settings.env.iter().map(|(name, value)| (name, value)));
-        command
-            .current_dir(workspace::root().join("tests"))
-            .stdin(Stdio::null());
         run_here(
             &mut command,
             settings.timeout,
