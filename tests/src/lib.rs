@@ -9,6 +9,7 @@
 //! ```
 
 mod disk;
+mod leftovers;
 mod netns;
 mod process;
 mod run;

@@ -3,16 +3,23 @@
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use anyhow::{Context, Result};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
+use crate::leftovers;
 use crate::process::{Finished, Running};
 use crate::unique_id;
 
-/// Uid and gid of the jailed VMs of the tests: no account has them.
-const UID: u32 = 950_000;
+/// A uid and gid that no account and no other test's VM has: what is left of a VM can be told by it.
+fn unique_uid() -> u32 {
+    static NEXT: AtomicU32 = AtomicU32::new(0);
+    let number = NEXT.fetch_add(1, Ordering::Relaxed) % 1024;
+    // Above those of `Casemate`.
+    200_000_000 + (std::process::id() % 100_000) * 1024 + number
+}
 
 /// Where the programs under test are: `CASEMATE_BIN_DIR`, or where `cargo xtask build` puts them.
 pub fn bin_dir() -> PathBuf {
@@ -37,6 +44,7 @@ pub struct Vm {
     config: Value,
     jailed: bool,
     id: String,
+    uid: u32,
     grants: Vec<(&'static str, String)>,
     jailer_args: Vec<String>,
     vmm_args: Vec<String>,
@@ -66,6 +74,7 @@ impl Vm {
             dir,
             jailed: true,
             id: unique_id("test"),
+            uid: unique_uid(),
             grants: vec![("--grant-ro", kernel)],
             jailer_args: Vec::new(),
             vmm_args: Vec::new(),
@@ -198,7 +207,8 @@ impl Vm {
             command = Command::new(bin("casemate-jailer"));
             command.args(["--id", &self.id, "--new-pid-ns", "--exec-file"]);
             command.arg(bin("casemate-vmm"));
-            command.args(["--uid", &UID.to_string(), "--gid", &UID.to_string()]);
+            let uid = self.uid.to_string();
+            command.args(["--uid", &uid, "--gid", &uid]);
             for (flag, value) in &self.grants {
                 command.args([*flag, value]);
             }
@@ -221,6 +231,29 @@ impl Vm {
     pub fn start(self) -> Result<Running> {
         let command = self.command()?;
         Running::start(command, Some(self.dir))
+    }
+
+    /// Starts it, asserts that it is refused with `code` and one line that says `words`, and that nothing is left of
+    /// it on the host.
+    #[track_caller]
+    pub fn assert_refused(self, code: u8, words: &[&str]) {
+        match self.command() {
+            Ok(command) => self.assert_command_refused(command, code, words),
+            Err(error) => panic!("{error:#}"),
+        }
+    }
+
+    /// The same for a command made of [`Vm::command`].
+    #[track_caller]
+    pub fn assert_command_refused(&self, command: Command, code: u8, words: &[&str]) {
+        let before = leftovers::below(self.dir());
+        let done = Running::start(command, None).and_then(Running::wait);
+        done.unwrap_or_else(|error| panic!("{error:#}"))
+            .assert_refused(code, words);
+        assert_eq!(leftovers::below(self.dir()), before, "files were made");
+        let mut left = leftovers::cgroups(&self.id);
+        left.extend(leftovers::processes(&self.id, self.uid));
+        assert!(left.is_empty(), "left behind: {left:?}");
     }
 
     /// Starts it, and waits for its end.
