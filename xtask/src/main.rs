@@ -43,7 +43,7 @@ enum Task {
     Lint,
     /// Check licences, sources and known vulnerabilities of what we depend on
     Deny,
-    /// Lint and test: what must pass before a push
+    /// Lint, deny and test: what must pass before a push
     Prepush,
 }
 
