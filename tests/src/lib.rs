@@ -19,7 +19,7 @@ pub use casemate_broker::exit;
 pub use disk::{pattern_disk, pattern_word};
 pub use netns::Netns;
 pub use process::{Finished, Running};
-pub use run::{Casemate, kernel_file, rootfs};
+pub use run::{Casemate, kernel_file, packaged_kernel, rootfs};
 pub use vm::{Vm, bin, bin_dir};
 
 use std::sync::atomic::{AtomicU32, Ordering};

@@ -31,6 +31,11 @@ pub fn kernel_file(name: &str) -> PathBuf {
         .join("vmlinux")
 }
 
+/// A kernel's bzImage, as the distribution packages it.
+pub fn packaged_kernel() -> PathBuf {
+    from_environment("CASEMATE_TEST_BZIMAGE")
+}
+
 /// `casemate` with a state directory of its own, so that what is left behind shows.
 pub struct Casemate {
     state: TempDir,

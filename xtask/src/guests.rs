@@ -28,6 +28,34 @@ pub fn register(artifacts: &Artifacts, data: &Path, flavour: Flavour) -> Result<
     Ok(name)
 }
 
+/// The bzImage in the cloud kernel's package, unpacked to `file` unless it is there.
+///
+/// # Errors
+/// When the package cannot be downloaded or unpacked.
+pub fn bzimage(file: &Path) -> Result<()> {
+    if file.exists() {
+        return Ok(());
+    }
+    let deb = packages::kernel_deb(Flavour::Cloud, &kernels_dir())?;
+    let parent = file.parent().context("no parent directory")?;
+    fs::create_dir_all(parent)?;
+    let partial = tempfile::Builder::new()
+        .prefix(".bzimage-")
+        .tempdir_in(parent)?;
+    let mut unpack = Command::new("dpkg-deb");
+    unpack.arg("-x").arg(&deb).arg(partial.path());
+    crate::artifacts::run(&mut unpack)?;
+    let boot = partial.path().join("boot");
+    for entry in fs::read_dir(&boot).with_context(|| format!("read {}", boot.display()))? {
+        let entry = entry?;
+        if entry.file_name().to_string_lossy().starts_with("vmlinuz-") {
+            return fs::rename(entry.path(), file)
+                .with_context(|| format!("rename to {}", file.display()));
+        }
+    }
+    bail!("{} holds no kernel", deb.display())
+}
+
 /// Registers a kernel file anew, as `name`.
 ///
 /// # Errors

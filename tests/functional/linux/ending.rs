@@ -1,6 +1,6 @@
 //! How a run ends: its exit code, and nothing left behind.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use casemate_tests::Casemate;
 use nix::sys::signal::{Signal, kill};
@@ -111,4 +111,23 @@ fn the_power_button_ends_the_command() {
         "{done:#?}"
     );
     casemate.assert_clean();
+}
+
+/// A command that ignores the request to end: after the grace time the power button, which init answers by killing it
+/// and powering off.
+#[test]
+fn a_command_that_ignores_the_end_is_killed() {
+    for (signal, code) in [(Signal::SIGTERM, 143), (Signal::SIGINT, 130)] {
+        let casemate = Casemate::new();
+        let script = "trap '' TERM INT; echo up; while :; do sleep 0.1; done";
+        let run = casemate.start(&["--stop-grace", "3s"], script).unwrap();
+        run.wait_for_line("up").unwrap();
+        let asked = Instant::now();
+        run.signal(signal).unwrap();
+        let done = run.wait().unwrap();
+        assert!(asked.elapsed() >= Duration::from_secs(3), "{done:#?}");
+        assert!(asked.elapsed() < Duration::from_secs(60), "{done:#?}");
+        assert_eq!(done.code, code, "{done:#?}");
+        casemate.assert_clean();
+    }
 }

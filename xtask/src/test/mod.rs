@@ -203,6 +203,9 @@ fn environment(
         }
         let rootfs = place.join("rootfs");
         guests::busybox_rootfs(&rootfs)?;
+        let bzimage = place.join("bzimage");
+        guests::bzimage(&bzimage)?;
+        env.push(("CASEMATE_TEST_BZIMAGE".to_owned(), text(&bzimage)?));
         env.push(("CASEMATE_DATA_DIR".to_owned(), text(&data)?));
         env.push(("CASEMATE_TEST_ROOTFS".to_owned(), text(&rootfs)?));
     }
