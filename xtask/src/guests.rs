@@ -9,7 +9,7 @@ use anyhow::{Context, Result, bail};
 
 use crate::artifacts::Artifacts;
 use crate::packages::{self, Flavour};
-use crate::workspace::{kernels_dir, say};
+use crate::workspace::{kernels_dir, root, say};
 
 /// Registers a distribution's kernel with `casemate kernel add`, unless it is registered already.
 /// `data` is the `CASEMATE_DATA_DIR`; the kernel's name there is returned.
@@ -54,6 +54,23 @@ pub fn bzimage(file: &Path) -> Result<()> {
         }
     }
     bail!("{} holds no kernel", deb.display())
+}
+
+/// Has both of Debian's packages where `runtime/tests/kernel.rs` looks for them: in the checkout's `target/kernels`.
+///
+/// # Errors
+/// When one cannot be downloaded, or the directory cannot be made.
+pub fn packages_for_tests() -> Result<()> {
+    for flavour in [Flavour::Generic, Flavour::Cloud] {
+        packages::kernel_deb(flavour, &kernels_dir())?;
+    }
+    let there = root().join("target/kernels");
+    if !there.exists() {
+        // CARGO_TARGET_DIR is elsewhere.
+        fs::create_dir_all(root().join("target"))?;
+        symlink(kernels_dir(), &there).with_context(|| format!("link {}", there.display()))?;
+    }
+    Ok(())
 }
 
 /// Registers a kernel file anew, as `name`.

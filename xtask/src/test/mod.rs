@@ -194,6 +194,9 @@ fn environment(
             .with_context(|| format!("{} is not UTF-8", path.display()))
     };
     let mut env = vec![("CASEMATE_BIN_DIR".to_owned(), text(&artifacts.dir)?)];
+    if tier == Tier::Host && arguments.full {
+        guests::packages_for_tests()?;
+    }
     if tier == Tier::Linux {
         let place = workspace::target_dir().join("test");
         let data = place.join("data");
