@@ -7,6 +7,7 @@
 
 mod needs;
 mod programs;
+mod smoke;
 mod tally;
 
 use std::process::ExitCode;
@@ -144,6 +145,12 @@ fn run(
     if tier == Tier::Host {
         total.add(programs::run_examples(filter)?);
     }
+    total.add(match (tier, place) {
+        (Tier::Linux, _) => smoke::DEMO.run(filter)?,
+        // In a lab there is nothing to measure.
+        (Tier::Kvm, Where::Here) => smoke::BENCH.run(filter)?,
+        _ => Tally::default(),
+    });
     // Only a filter may leave a tier without a test: an empty one must not pass in silence.
     anyhow::ensure!(filter.is_some() || total.reported() > 0, "it has no tests");
     Ok(total)
