@@ -57,6 +57,12 @@ fn unpack(deb: &Path, place: &Path) -> Result<()> {
         .arg(deb)
         .arg(partial.path()))?;
     let boot = partial.path().join("boot");
+    // Where Debian 13 has them.
+    let merged = partial.path().join("usr/lib/modules");
+    if merged.exists() {
+        fs::create_dir_all(partial.path().join("lib"))?;
+        fs::rename(&merged, partial.path().join("lib/modules"))?;
+    }
     let release = only_entry(&partial.path().join("lib/modules"))?;
     let release = release.file_name().context("no kernel release")?;
     let bzimage = boot.join(format!("vmlinuz-{}", release.to_string_lossy()));
