@@ -181,7 +181,7 @@ fn string_accesses_come_one_by_one() {
 }
 
 #[test]
-fn a_triple_fault_is_a_crash_that_says_where() {
+fn a_triple_fault_is_a_crash_that_says_where_it_can() {
     let guest = start(&TRIPLE_FAULT);
     guest.thread.resume();
     guest.wait(|guest| guest.ends.announced().is_some());
@@ -189,5 +189,7 @@ fn a_triple_fault_is_a_crash_that_says_where() {
         panic!("{:?}", guest.ends.announced());
     };
     assert!(why.contains("triple fault"), "{why}");
-    assert!(why.contains("rip 0x100000"), "{why}");
+    // On AMD KVM knows it no more, and nothing must be made up.
+    let knows_where = why.contains("rip 0x100000");
+    assert!(knows_where || !why.contains("rip"), "{why}");
 }

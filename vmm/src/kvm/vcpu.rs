@@ -8,6 +8,9 @@ use kvm_ioctls::{SyncReg, VcpuExit, VcpuFd};
 use super::{Error, failed, kick, msr, registers};
 use crate::boot::EntryState;
 
+/// Where an x86 processor begins after a reset, within its code segment.
+const RESET_RIP: u64 = 0xfff0;
+
 /// What a guest reaches by ports and MMIO.
 pub trait Access {
     /// Reads a port; 1, 2 or 4 bytes.
@@ -195,7 +198,8 @@ impl Vcpu {
         let run: &kvm_run = self.fd.get_kvm_run();
         // SAFETY: plain data of the mapping; the bit below says whether the kernel stored them.
         let registers = unsafe { run.s.regs.regs };
-        if run.kvm_valid_regs == 0 {
+        // On AMD a shut-down leaves nothing of the vCPU's state, and KVM resets it.
+        if run.kvm_valid_regs == 0 || (registers.rip, registers.rsp) == (RESET_RIP, 0) {
             return format!("vCPU {id}: {why}");
         }
         format!(
