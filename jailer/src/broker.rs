@@ -13,7 +13,7 @@ use nix::sys::signalfd::{SfdFlags, SignalFd};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::Pid;
 
-use crate::error::{Context, Result};
+use crate::error::{Context, Result, say};
 use crate::sys;
 
 /// The VMM, as its parent sees it.
@@ -88,7 +88,7 @@ pub fn serve(mut server: Option<Server>, child: &Child, signals: &SignalFd) -> R
             // Its end is closed: nobody asks any more, and the VMM's own end comes by signal.
             Some(Ok(ServerEvent::Closed)) => server = None,
             Some(Err(error)) => {
-                eprintln!("casemate-jailer: broker: {error}");
+                say(format!("broker: {error}"));
                 server = None;
             }
             None => {

@@ -1,5 +1,8 @@
 //! Why a step failed: what was being done, to what, and what the kernel said.
 
+use std::fmt::Display;
+use std::io::Write;
+
 use nix::errno::Errno;
 
 /// Why a step of building the jail failed.
@@ -76,4 +79,9 @@ pub fn refused<T>(object: impl Into<String>, why: impl Into<String>) -> Result<T
         object: object.into(),
         why: why.into(),
     })
+}
+
+/// One line to standard error. That nobody reads it is no reason to abort, as `eprintln!` would.
+pub fn say(text: impl Display) {
+    let _ = std::io::stderr().write_all(format!("casemate-jailer: {text}\n").as_bytes());
 }

@@ -25,7 +25,7 @@ use crate::arguments::{Arguments, GrantKind};
 use crate::broker::{self, Child};
 use crate::cgroup;
 use crate::credentials::{self, Parent};
-use crate::error::{Context, Error, Result, refused};
+use crate::error::{Context, Error, Result, refused, say};
 use crate::grants::{self, Listener};
 use crate::landlock::{self, Domain};
 use crate::plan::{Facts, Fork, Step, plan};
@@ -74,7 +74,7 @@ pub fn run(arguments: &Arguments) -> u8 {
             chroot_exists: chroot.is_some(),
         },
         Err(error) => {
-            eprintln!("casemate-jailer: --chroot-base-dir: {error}");
+            say(format!("--chroot-base-dir: {error}"));
             return exit::JAIL_FAILED;
         }
     };
@@ -97,7 +97,7 @@ pub fn run(arguments: &Arguments) -> u8 {
         Some(how) => match jail.split(how) {
             Err(error) => {
                 jail.undo();
-                eprintln!("casemate-jailer: step \"fork\": {error}");
+                say(format!("step \"fork\": {error}"));
                 exit::JAIL_FAILED
             }
             Ok(Half::Vmm) => jail.become_vmm(&plan.vmm),
@@ -132,25 +132,24 @@ impl<'a> Jail<'a> {
 
     /// Reports a failure: to the process that the caller waits for, or else directly.
     fn fail(&mut self, failure: &Failure) -> u8 {
-        let line = format!("casemate-jailer: {failure}");
         match &mut self.outcome {
             Some(outcome) => {
                 // If nobody reads it any more, there is nobody to tell.
-                let _ = outcome.write_all(line.as_bytes());
+                let _ = outcome.write_all(failure.to_string().as_bytes());
             }
-            None => eprintln!("{line}"),
+            None => say(failure),
         }
         exit::JAIL_FAILED
     }
 
-    /// One line that is no error: into the log, if there is one.
-    fn note(&self, text: &str) {
-        let line = format!("casemate-jailer: {text}\n");
-        match &self.log {
+    /// One line that is no error, into the log. True if there is a log.
+    fn note(&self, text: &str) -> bool {
+        if let Some(log) = &self.log {
+            let line = format!("casemate-jailer: {text}\n");
             // A log that cannot be written must not keep the machine from starting.
-            Some(log) => drop(nix::unistd::write(log, line.as_bytes())),
-            None => eprint!("{line}"),
+            let _ = nix::unistd::write(log, line.as_bytes());
         }
+        self.log.is_some()
     }
 
     fn undo(&mut self) {
@@ -179,7 +178,7 @@ impl<'a> Jail<'a> {
                 if line.is_empty() {
                     return Ok(Some(exit::GUEST_POWERED_OFF));
                 }
-                eprintln!("{line}");
+                say(line);
                 Ok(Some(exit::JAIL_FAILED))
             }
         }
@@ -262,7 +261,10 @@ impl<'a> Jail<'a> {
                     limits.fsize = growth::limit(disks, log)?;
                 }
                 for note in credentials::limit(&limits)? {
-                    self.note(&note);
+                    // The caller does not get what it asked for, so without a log it is told.
+                    if !self.note(&note) {
+                        say(note);
+                    }
                 }
                 Ok(())
             }
@@ -279,6 +281,7 @@ impl<'a> Jail<'a> {
                 let domain = Domain::Vmm(program.as_fd());
                 let note = landlock::enter(&domain, arguments.allow_missing_landlock)?;
                 if let Some(note) = note {
+                    // The same at every start on an older kernel, so without a log it is not said.
                     self.note(&note);
                 }
                 Ok(())

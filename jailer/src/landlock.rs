@@ -58,17 +58,27 @@ pub fn enter(domain: &Domain<'_>, allow_missing: bool) -> Result<Option<String>>
         }
     }
     let status = ruleset.restrict_self()?;
-    if status.ruleset == RulesetStatus::NotEnforced && !allow_missing {
-        return refused(
+    let enforced = status.ruleset != RulesetStatus::NotEnforced;
+    let abi = match status.landlock {
+        LandlockStatus::Available { effective_abi, .. } if enforced => Some(effective_abi as i32),
+        _ => None,
+    };
+    judge(abi, allow_missing)
+}
+
+/// Whether that version of Landlock, or none, will do, and what there is to note about it.
+fn judge(abi: Option<i32>, allow_missing: bool) -> Result<Option<String>> {
+    match abi {
+        Some(abi) => Ok(missing_rights(abi)),
+        None if allow_missing => Ok(Some(
+            "landlock: none on this kernel, allowed by --allow-missing=landlock".to_owned(),
+        )),
+        None => refused(
             "Landlock",
             "this kernel does not offer it: boot with `lsm=landlock,…`, or give \
              `--allow-missing=landlock` to do without this wall",
-        );
+        ),
     }
-    Ok(match status.landlock {
-        LandlockStatus::Available { effective_abi, .. } => missing_rights(effective_abi as i32),
-        _ => Some("landlock: none on this kernel, allowed by --allow-missing=landlock".to_owned()),
-    })
 }
 
 fn missing_rights(abi: i32) -> Option<String> {
@@ -100,5 +110,17 @@ mod tests {
             "{two}"
         );
         assert!(!two.contains("moving"), "{two}");
+    }
+
+    #[test]
+    fn none_at_all_is_refused_unless_that_is_allowed() {
+        let refusal = judge(None, false).unwrap_err().to_string();
+        assert!(refusal.contains("--allow-missing=landlock"), "{refusal}");
+        assert!(judge(None, true).unwrap().unwrap().contains("none"));
+        // What an older kernel lacks is no reason to refuse, and allowing changes nothing.
+        for allow in [false, true] {
+            assert!(judge(Some(1), allow).unwrap().is_some());
+            assert_eq!(judge(Some(7), allow).unwrap(), None);
+        }
     }
 }

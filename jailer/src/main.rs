@@ -4,6 +4,7 @@ use std::process::ExitCode;
 
 use casemate_broker::exit;
 use casemate_jailer::arguments::{self, Command, HELP};
+use casemate_jailer::error::say;
 use casemate_jailer::execute;
 
 fn main() -> ExitCode {
@@ -18,7 +19,7 @@ fn main() -> ExitCode {
         }
         Ok(Command::Run(arguments)) => ExitCode::from(execute::run(&arguments)),
         Err(error) => {
-            eprintln!("casemate-jailer: {error} (see --help)");
+            say(format!("{error} (see --help)"));
             ExitCode::from(exit::BAD_INPUT)
         }
     }

@@ -9,7 +9,7 @@ use nix::sys::signalfd::SignalFd;
 use super::{Failure, Jail, close_streams, give_up_privileges};
 use crate::broker::{self, Child};
 use crate::credentials::{self, Parent};
-use crate::error::{Context, Result};
+use crate::error::{Context, Result, say};
 use crate::landlock::{self, Domain};
 use crate::plan::Step;
 
@@ -53,7 +53,7 @@ impl Stay {
                     return match broker::serve(server, &child, &signals) {
                         Ok(code) => code,
                         Err(error) => {
-                            eprintln!("casemate-jailer: {error}");
+                            say(error);
                             exit::JAIL_FAILED
                         }
                     };
