@@ -17,7 +17,8 @@ The machine:
   --id ID                   1 to 64 letters, digits and hyphens
   --exec-file FILE          the VMM: a static program; it gets `--id ID --handover-fd N` besides its arguments
   --uid N, --gid N          whom it runs as: not 0, best a pair that no other machine has
-  --daemonize               in a session of its own, standard streams closed; returns once the VMM runs
+  --daemonize               in a session of its own, standard streams closed; returns once the VMM runs.
+                            What it then fails at goes to the log of --log-fd, which is its standard error
   --new-pid-ns              in a PID namespace of its own; the jailer stays as its parent
   --die-with-parent         the VMM is killed when whoever started the jailer ends
 

@@ -1,11 +1,10 @@
 //! Does what the plan says. Fails closed: the first step that fails ends everything.
 
+mod outcome;
 mod stay;
 
 use std::convert::Infallible;
 use std::ffi::{CString, OsStr};
-use std::fs::File;
-use std::io::{Read, Write};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::sync::Arc;
@@ -30,6 +29,7 @@ use crate::grants::{self, Listener};
 use crate::landlock::{self, Domain};
 use crate::plan::{Facts, Fork, Step, plan};
 use crate::{growth, inherited, namespaces, root, sys, tap};
+use outcome::Outcome;
 use stay::Stay;
 
 /// Something that the VMM gets by name.
@@ -54,7 +54,7 @@ struct Jail<'a> {
     arguments: &'a Arguments,
     caller: Pid,
     /// `--daemonize`: tells the process that the caller waits for how it went. Closes at exec.
-    outcome: Option<File>,
+    outcome: Option<Outcome>,
     exec_file: Option<OwnedFd>,
     null: Option<OwnedFd>,
     log: Option<Arc<OwnedFd>>,
@@ -82,14 +82,14 @@ pub fn run(arguments: &Arguments) -> u8 {
     let mut jail = Jail::new(arguments);
     for step in &plan.shared {
         if *step == Step::Daemonize {
-            match jail.daemonize() {
+            match jail.daemonize(1 + usize::from(plan.fork.is_some())) {
                 Ok(None) => {}
                 Ok(Some(code)) => return code,
-                Err(error) => return jail.fail(&Failure { step: *step, error }),
+                Err(error) => return jail.fail(&Failure { step: *step, error }.to_string()),
             }
         } else if let Err(failure) = jail.take(*step) {
             jail.undo();
-            return jail.fail(&failure);
+            return jail.fail(&failure.to_string());
         }
     }
     match plan.fork {
@@ -97,8 +97,7 @@ pub fn run(arguments: &Arguments) -> u8 {
         Some(how) => match jail.split(how) {
             Err(error) => {
                 jail.undo();
-                say(format!("step \"fork\": {error}"));
-                exit::JAIL_FAILED
+                jail.fail(&format!("step \"fork\": {error}"))
             }
             Ok(Half::Vmm) => jail.become_vmm(&plan.vmm),
             Ok(Half::Parent(stay)) => stay.run(jail, &plan.parent),
@@ -131,13 +130,10 @@ impl<'a> Jail<'a> {
     }
 
     /// Reports a failure: to the process that the caller waits for, or else directly.
-    fn fail(&mut self, failure: &Failure) -> u8 {
+    fn fail(&mut self, why: &str) -> u8 {
         match &mut self.outcome {
-            Some(outcome) => {
-                // If nobody reads it any more, there is nobody to tell.
-                let _ = outcome.write_all(failure.to_string().as_bytes());
-            }
-            None => say(failure),
+            Some(outcome) => outcome.failed(why),
+            None => say(why),
         }
         exit::JAIL_FAILED
     }
@@ -159,27 +155,18 @@ impl<'a> Jail<'a> {
         self.cgroups.undo();
     }
 
-    /// Forks; the first process waits for the outcome and returns its exit code.
-    fn daemonize(&mut self) -> Result<Option<u8>> {
+    /// Forks; the first process waits for the outcome of so many halves and returns its exit code.
+    fn daemonize(&mut self, halves: usize) -> Result<Option<u8>> {
         let (read, write) = pipe2(OFlag::O_CLOEXEC).doing("make", "a pipe")?;
         match sys::fork().doing("fork", "for --daemonize")? {
             ForkResult::Child => {
+                self.outcome = Some(Outcome::new(write));
                 setsid().doing("start", "a session")?;
-                self.outcome = Some(File::from(write));
                 Ok(None)
             }
             ForkResult::Parent { .. } => {
                 drop(write);
-                let mut line = String::new();
-                // It ends without a line when the VMM's exec has closed the other end.
-                File::from(read)
-                    .read_to_string(&mut line)
-                    .doing("wait for", "the outcome")?;
-                if line.is_empty() {
-                    return Ok(Some(exit::GUEST_POWERED_OFF));
-                }
-                say(line);
-                Ok(Some(exit::JAIL_FAILED))
+                outcome::wait(read, halves).map(Some)
             }
         }
     }
@@ -275,7 +262,7 @@ impl<'a> Jail<'a> {
                 Some(pidfd) => Parent::OtherHalf(pidfd.as_fd()),
                 None => Parent::Caller(self.caller),
             }),
-            Step::CloseStreams => close_streams(self.null.as_ref()),
+            Step::CloseStreams => close_streams(self.null.as_ref(), self.log.as_deref()),
             Step::Landlock => {
                 let program = required(self.exec_file.as_ref(), step)?;
                 let domain = Domain::Vmm(program.as_fd());
@@ -404,13 +391,18 @@ impl<'a> Jail<'a> {
         for step in steps {
             let done = match step {
                 Step::HandOver => self.hand_over().map(|memfd| table = Some(memfd)),
-                Step::Exec => required(table.as_ref(), *step)
-                    .and_then(|table| self.exec(table))
-                    .map(|never| match never {}),
+                Step::Exec => {
+                    if let Some(outcome) = &mut self.outcome {
+                        outcome.done();
+                    }
+                    required(table.as_ref(), *step)
+                        .and_then(|table| self.exec(table))
+                        .map(|never| match never {})
+                }
                 other => self.perform(*other),
             };
             if let Err(error) = done {
-                return self.fail(&Failure { step: *step, error });
+                return self.fail(&Failure { step: *step, error }.to_string());
             }
         }
         // Only if a plan does not end with exec.
@@ -478,11 +470,12 @@ fn give_up_privileges(arguments: &Arguments, step: Step) -> Result<()> {
     }
 }
 
-fn close_streams(null: Option<&OwnedFd>) -> Result<()> {
+/// What a daemon says on standard error, a refused config or a seccomp violation, goes to its log if it has one.
+fn close_streams(null: Option<&OwnedFd>, log: Option<&OwnedFd>) -> Result<()> {
     let null = required(null, Step::CloseStreams)?;
     dup2_stdin(null).doing("close", "standard input")?;
     dup2_stdout(null).doing("close", "standard output")?;
-    dup2_stderr(null).doing("close", "standard error")
+    dup2_stderr(log.unwrap_or(null)).doing("close", "standard error")
 }
 
 fn keep_over_exec(file: &OwnedFd, name: &str) -> Result<()> {

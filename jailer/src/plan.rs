@@ -43,7 +43,7 @@ pub enum Step {
     DieWithParent,
     /// no_new_privs.
     NoNewPrivileges,
-    /// `--daemonize`: 0, 1, 2 become `/dev/null`.
+    /// `--daemonize`: 0, 1, 2 become `/dev/null`; 2 the log, if there is one.
     CloseStreams,
     /// A Landlock domain.
     Landlock,

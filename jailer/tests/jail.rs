@@ -380,6 +380,44 @@ fn a_daemon_reports_how_it_went() {
     assert!(text.contains("/nowhere"), "{text}");
 }
 
+#[test]
+fn what_a_daemon_says_goes_to_its_log() {
+    let directory = directory();
+    let path = directory.path().join("log");
+    let log = std::fs::File::create(&path).unwrap();
+    let number = nix::fcntl::fcntl(&log, nix::fcntl::FcntlArg::F_DUPFD(400)).unwrap();
+    for more in [&[][..], &["--new-pid-ns"]] {
+        let log_fd = number.to_string();
+        let jail = Jail::new("daemon-log").args(&["--daemonize", "--log-fd", &log_fd]);
+        let jail = jail.args(more);
+        let id = jail.id.clone();
+        // No code: it panics, as a VMM refuses a bad config.
+        let (code, text) = jail.finish(&["exit", "nonsense"]);
+        assert_eq!((code, text.as_str()), (0, ""));
+        let said = || std::fs::read_to_string(&path).unwrap();
+        eventually("the daemon ends", || processes_with(&id).is_empty());
+        eventually("its last words are there", || {
+            said().contains("ParseIntError")
+        });
+        std::fs::write(&path, "").unwrap();
+    }
+    let _ = nix::unistd::close(number);
+}
+
+#[test]
+fn a_daemon_that_cannot_fork_says_so() {
+    // The caller's side of the hand-over has no room for the descriptors of the halves.
+    let jail = Jail::new("daemon-fork").args(&["--daemonize", "--new-pid-ns"]);
+    let mut limited = std::process::Command::new("/bin/sh");
+    limited.args(["-c", "ulimit -n 8; exec \"$0\" \"$@\"", JAILER]);
+    limited.args(jail.command.get_args());
+    let output = limited.args(["--", "signal"]).output().unwrap();
+    let text = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(125), "{text}");
+    assert_eq!(text.lines().count(), 1, "{text}");
+    assert!(text.contains("fork"), "{text}");
+}
+
 /// VMMs (not jailers) whose command line has this id.
 fn processes_with(id: &str) -> Vec<u32> {
     let all = std::fs::read_dir("/proc").unwrap().flatten();

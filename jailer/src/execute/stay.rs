@@ -44,9 +44,12 @@ impl Stay {
                 )
                 .map(drop),
                 Step::DieWithParent => credentials::die_with_parent(&Parent::Caller(jail.caller)),
-                Step::CloseStreams => close_streams(jail.null.as_ref()),
+                Step::CloseStreams => close_streams(jail.null.as_ref(), jail.log.as_deref()),
                 Step::Seccomp => seal(),
                 Step::Serve => {
+                    if let Some(outcome) = &mut jail.outcome {
+                        outcome.done();
+                    }
                     // What is left of the jail; its end of the outcome above all.
                     drop(jail);
                     let server = socket.map(|socket| Server::new(socket, policy));
@@ -62,7 +65,7 @@ impl Stay {
             };
             if let Err(error) = done {
                 // The VMM's half is killed when this one ends, or notices that it has ended.
-                return jail.fail(&Failure { step: *step, error });
+                return jail.fail(&Failure { step: *step, error }.to_string());
             }
         }
         exit::JAIL_FAILED
