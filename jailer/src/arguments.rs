@@ -20,7 +20,8 @@ The machine:
   --daemonize               in a session of its own, standard streams closed; returns once the VMM runs.
                             What it then fails at goes to the log of --log-fd, which is its standard error
   --new-pid-ns              in a PID namespace of its own; the jailer stays as its parent
-  --die-with-parent         the VMM is killed when whoever started the jailer ends
+  --die-with-parent[=PID]   the VMM is killed when whoever started the jailer ends; with PID, it is known
+                            even if it has ended before the jailer could look
 
 What it may use (descriptors, opened now; names are those of the machine config, PATH itself if not given):
   --grant-ro [NAME=]PATH    a file or block device for reading
@@ -86,6 +87,8 @@ pub struct Arguments {
     pub new_pid_ns: bool,
     /// `--die-with-parent`
     pub die_with_parent: bool,
+    /// Its value: who started the jailer.
+    pub parent: Option<i32>,
     /// `--cgroup`
     pub cgroups: Vec<CgroupSetting>,
     /// `--cgroup-version`
@@ -211,6 +214,7 @@ pub fn parse(arguments: impl Iterator<Item = OsString>) -> Result<Command, Argum
         daemonize: false,
         new_pid_ns: false,
         die_with_parent: false,
+        parent: None,
         cgroups: Vec::new(),
         cgroup_version: None,
         parent_cgroup: None,
@@ -240,7 +244,13 @@ pub fn parse(arguments: impl Iterator<Item = OsString>) -> Result<Command, Argum
             "netns" => result.netns = Some(parser.value()?.into()),
             "daemonize" => result.daemonize = true,
             "new-pid-ns" => result.new_pid_ns = true,
-            "die-with-parent" => result.die_with_parent = true,
+            "die-with-parent" => {
+                result.die_with_parent = true;
+                result.parent = parser
+                    .optional_value()
+                    .map(|value| process_number(&value.string()?))
+                    .transpose()?;
+            }
             "cgroup" => result
                 .cgroups
                 .push(cgroup_setting(&parser.value()?.string()?)?),
@@ -307,6 +317,13 @@ fn user_number(option: &'static str, text: &str) -> Result<u32, ArgumentError> {
         Ok(u32::MAX) | Err(_) => Err(bad(option, text, "a number is needed, 1 to 4294967294")),
         Ok(0) => Err(bad(option, text, "a VMM must not run as root")),
         Ok(number) => Ok(number),
+    }
+}
+
+fn process_number(text: &str) -> Result<i32, ArgumentError> {
+    match text.parse() {
+        Ok(number) if number > 0 => Ok(number),
+        _ => Err(bad("die-with-parent", text, "a process id is needed")),
     }
 }
 

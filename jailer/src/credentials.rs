@@ -122,17 +122,20 @@ pub enum Parent<'a> {
 /// Asks to be killed when the parent ends, and looks whether it has already.
 ///
 /// # Errors
-/// [`Error::ParentGone`] if it has.
+/// [`Error::ParentGone`] or [`Error::CallerGone`] if it has.
 pub fn die_with_parent(parent: &Parent<'_>) -> Result<()> {
     prctl::set_pdeathsig(Signal::SIGKILL).doing("set", "the parent death signal")?;
-    let gone = match parent {
-        Parent::Caller(number) => getppid() != *number,
+    match parent {
+        Parent::Caller(number) if getppid() != *number => Err(Error::CallerGone),
+        Parent::Caller(_) => Ok(()),
         Parent::OtherHalf(pidfd) => {
             let mut wait = [PollFd::new(*pidfd, PollFlags::POLLIN)];
-            poll(&mut wait, PollTimeout::ZERO).doing("look after", "the parent")? != 0
+            match poll(&mut wait, PollTimeout::ZERO).doing("look after", "the parent")? {
+                0 => Ok(()),
+                _ => Err(Error::ParentGone),
+            }
         }
-    };
-    if gone { Err(Error::ParentGone) } else { Ok(()) }
+    }
 }
 
 /// No exec gives privileges from here on.

@@ -41,6 +41,9 @@ pub enum Error {
     /// The other half of the jailer has ended.
     #[error("the jailer's other half has ended, and with it the broker")]
     ParentGone,
+    /// Whoever started the jailer has ended.
+    #[error("whoever started the jailer has ended")]
+    CallerGone,
 }
 
 /// The result of a step.

@@ -115,7 +115,8 @@ impl<'a> Jail<'a> {
     fn new(arguments: &'a Arguments) -> Self {
         Self {
             arguments,
-            caller: getppid(),
+            // Its number now is not enough: it may have ended already.
+            caller: arguments.parent.map_or_else(getppid, Pid::from_raw),
             outcome: None,
             exec_file: None,
             null: None,
@@ -179,6 +180,7 @@ impl<'a> Jail<'a> {
         let arguments = self.arguments;
         match step {
             Step::CloseDescriptors => self.close_descriptors(),
+            Step::Scheduling => inherited::ordinary_scheduling(),
             Step::OpenExecFile => {
                 self.exec_file = Some(grants::open_exec_file(&arguments.exec_file)?);
                 Ok(())

@@ -11,6 +11,7 @@ use nix::sys::socket::{
 use nix::sys::stat::{SFlag, fstat};
 
 use crate::error::{Context, Result, refused};
+use crate::sys;
 
 /// Checks standard input, output and error, which the VMM keeps.
 ///
@@ -87,6 +88,27 @@ pub fn reset_personality() -> Result<()> {
         .doing("reset", "the personality")
 }
 
+/// Where a process's own protection from the OOM killer is set (proc(5)).
+const OOM_SCORE: &str = "/proc/self/oom_score_adj";
+
+/// Takes the advantages away that the caller may have over other processes. Disadvantages stay.
+///
+/// # Errors
+/// What the kernel says. None of it needs a privilege.
+pub fn ordinary_scheduling() -> Result<()> {
+    sys::leave_real_time().doing("leave", "real-time scheduling")?;
+    sys::raise_nice_to_zero().doing("raise", "the nice value")?;
+    let score = std::fs::read_to_string(OOM_SCORE).doing("read", OOM_SCORE)?;
+    if is_protected(&score) {
+        std::fs::write(OOM_SCORE, "0").doing("write", OOM_SCORE)?;
+    }
+    Ok(())
+}
+
+fn is_protected(score: &str) -> bool {
+    score.trim().parse::<i32>().is_ok_and(|score| score < 0)
+}
+
 #[cfg(test)]
 mod tests {
     use std::fs::File;
@@ -98,6 +120,12 @@ mod tests {
     use nix::sys::stat::Mode;
 
     use super::*;
+
+    #[test]
+    fn only_an_advantage_is_taken_away() {
+        assert!(is_protected("-1000\n") && is_protected("-1"));
+        assert!(!is_protected("0\n") && !is_protected("500\n"));
+    }
 
     #[test]
     fn streams_are_streams_and_nothing_else() {

@@ -13,6 +13,8 @@ pub enum Step {
     CloseDescriptors,
     /// `--daemonize`: a session of its own, while the caller's child waits for the outcome.
     Daemonize,
+    /// An ordinary process: no real-time scheduling, no negative nice value, no protection from the OOM killer.
+    Scheduling,
     /// Open `--exec-file`.
     OpenExecFile,
     /// Open `/dev/kvm` and `/dev/null`.
@@ -63,6 +65,7 @@ impl Step {
         match self {
             Self::CloseDescriptors => "close descriptors",
             Self::Daemonize => "daemonize",
+            Self::Scheduling => "ordinary scheduling",
             Self::OpenExecFile => "open the VMM",
             Self::OpenDevices => "open devices",
             Self::OpenFiles => "open files",
@@ -95,6 +98,9 @@ impl Step {
             }
             Self::Daemonize => {
                 "setsid needs a process that leads no group, so it forks: before anything is held"
+            }
+            Self::Scheduling => {
+                "what the caller has would be the guest's: to starve the host of processor time, or to have others killed for its memory. While /proc can be written"
             }
             Self::OpenExecFile => {
                 "by descriptor, because the path will not exist in the empty root"
@@ -134,7 +140,7 @@ impl Step {
                 "the change of user empties the effective set alone for sure: empty and check them all"
             }
             Self::DieWithParent => {
-                "the change of user clears it, so after; the parent is the broker, and may have died before"
+                "first of all for the caller, who cannot clean up after itself; again after the change of user, which clears it: for a VMM with a broker that is the parent, which may have died before"
             }
             Self::NoNewPrivileges => {
                 "Landlock and seccomp ask for it, and it must hold across exec"
@@ -203,7 +209,9 @@ pub fn plan(arguments: &Arguments, facts: Facts) -> Plan {
     let cgroup = !arguments.cgroups.is_empty() || arguments.parent_cgroup.is_some();
     let shared = steps(&[
         (true, Step::CloseDescriptors),
+        (arguments.die_with_parent, Step::DieWithParent),
         (arguments.daemonize, Step::Daemonize),
+        (true, Step::Scheduling),
         (true, Step::OpenExecFile),
         (true, Step::OpenDevices),
         (files, Step::OpenFiles),
@@ -292,6 +300,7 @@ mod tests {
             [
                 CloseDescriptors,
                 Daemonize,
+                Scheduling,
                 OpenExecFile,
                 OpenDevices,
                 OpenFiles,
@@ -367,7 +376,10 @@ mod tests {
             everything(),
         ];
         for plan in &all {
-            in_order(&plan.shared, &[CloseDescriptors, Unshare, EmptyRoot]);
+            in_order(
+                &plan.shared,
+                &[CloseDescriptors, Scheduling, Unshare, EmptyRoot],
+            );
             let walls = [
                 Limits,
                 BoundingSet,
@@ -385,6 +397,14 @@ mod tests {
                 in_order(&plan.vmm, &[User, DieWithParent]);
             }
         }
+    }
+
+    #[test]
+    fn a_caller_that_must_outlive_the_vmm_is_watched_from_the_start() {
+        use Step::*;
+        let plan = planned("--die-with-parent", Facts::default());
+        assert_eq!(plan.shared.get(1), Some(&DieWithParent));
+        in_order(&plan.vmm, &[User, DieWithParent]);
     }
 
     #[test]

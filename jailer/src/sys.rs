@@ -44,6 +44,43 @@ pub fn default_sigchld() -> nix::Result<()> {
     unsafe { sigaction(Signal::SIGCHLD, &action) }.map(drop)
 }
 
+/// Leaves real-time and deadline scheduling for the ordinary kind; batch and idle stay.
+///
+/// # Errors
+/// What `sched_setscheduler(2)` says.
+pub fn leave_real_time() -> nix::Result<()> {
+    // SAFETY: no pointers.
+    let policy = Errno::result(unsafe { libc::sched_getscheduler(0) })?;
+    match policy & !libc::SCHED_RESET_ON_FORK {
+        libc::SCHED_OTHER | libc::SCHED_BATCH | libc::SCHED_IDLE => Ok(()),
+        _ => {
+            let ordinary = libc::sched_param { sched_priority: 0 };
+            // SAFETY: the kernel reads one sched_param, which lives here.
+            Errno::result(unsafe { libc::sched_setscheduler(0, libc::SCHED_OTHER, &ordinary) })
+                .map(drop)
+        }
+    }
+}
+
+/// Raises a negative nice value to 0.
+///
+/// # Errors
+/// What `getpriority(2)` or `setpriority(2)` says.
+pub fn raise_nice_to_zero() -> nix::Result<()> {
+    // A nice value of -1 looks like an error.
+    Errno::clear();
+    // SAFETY: no pointers.
+    let nice = unsafe { libc::getpriority(libc::PRIO_PROCESS, 0) };
+    if nice == -1 && Errno::last_raw() != 0 {
+        return Err(Errno::last());
+    }
+    if nice >= 0 {
+        return Ok(());
+    }
+    // SAFETY: no pointers.
+    Errno::result(unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, 0) }).map(drop)
+}
+
 /// Forks.
 ///
 /// # Errors

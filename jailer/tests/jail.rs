@@ -175,6 +175,69 @@ fn the_vmm_dies_with_the_caller_if_asked() {
     eventually("the VMM ends", || !is_alive(vmm));
 }
 
+#[test]
+fn a_caller_that_was_gone_before_is_noticed() {
+    for more in [&[][..], &["--new-pid-ns"]] {
+        let own = std::process::id();
+        let (code, text) = Jail::new("gone")
+            .args(&[&format!("--die-with-parent={own}")])
+            .args(more)
+            .finish(&["exit", "3"]);
+        assert_eq!((code, text.as_str()), (3, ""));
+        // As when the caller has ended and another process is the jailer's parent by now.
+        let (code, text) = Jail::new("gone")
+            .args(&["--die-with-parent=999999999"])
+            .args(more)
+            .finish(&["exit", "3"]);
+        assert_eq!(code, 125);
+        assert!(text.contains("has ended"), "{text}");
+    }
+}
+
+/// `/proc/<pid>/stat`, field 19 and on: nice value, …, real-time priority (40), policy (41).
+fn scheduling(pid: u32) -> (String, String) {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
+    let fields: Vec<&str> = stat
+        .rsplit_once(')')
+        .unwrap()
+        .1
+        .split_whitespace()
+        .collect();
+    (fields[16].to_owned(), fields[38].to_owned())
+}
+
+#[test]
+fn a_callers_advantages_are_not_the_guests() {
+    let mut tried = false;
+    for starter in [&["nice", "-n", "-5"][..], &["chrt", "-f", "1"]] {
+        let jail = Jail::new("sched");
+        let mut command = std::process::Command::new(starter[0]);
+        command.args(&starter[1..]).arg(JAILER);
+        command.args(jail.command.get_args()).args(["--", "signal"]);
+        command.stdout(std::process::Stdio::piped());
+        // Not every root may give such advantages; what cannot be given cannot be passed on.
+        let probe = std::process::Command::new(starter[0])
+            .args(&starter[1..])
+            .args(["grep", "-q", "Threads", "/proc/self/status"])
+            .stderr(std::process::Stdio::null())
+            .status();
+        if !probe.is_ok_and(|status| status.success()) {
+            continue;
+        }
+        tried = true;
+        let mut child = command.spawn().unwrap();
+        let mut byte = [0];
+        child.stdout.take().unwrap().read_exact(&mut byte).unwrap();
+        let (nice, policy) = scheduling(child.id());
+        let _ = child.kill();
+        let _ = child.wait();
+        assert_eq!((nice.as_str(), policy.as_str()), ("0", "0"), "{starter:?}");
+    }
+    if !tried {
+        eprintln!("neither nice nor chrt may give an advantage here");
+    }
+}
+
 /// A host program behind port 5000, allowed to the machine's user; what it receives.
 fn listen(path: &str, user: u32) -> std::thread::JoinHandle<String> {
     let listener = UnixListener::bind(path).unwrap();

@@ -81,7 +81,7 @@ pub fn jailer_arguments(
     args.option("--gid", uid.to_string());
     args.flag("--new-pid-ns");
     // Should this process be killed, nobody would end the machine.
-    args.flag("--die-with-parent");
+    args.flag(&format!("--die-with-parent={}", std::process::id()));
     let limits = host.limits(plan.memory_mib, plan.cpus);
     if !limits.is_empty() {
         args.option("--parent-cgroup", cgroups::PARENT);
