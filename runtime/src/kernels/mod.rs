@@ -21,6 +21,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 pub use cli::cli;
+pub use jail::UNPACKER_ID;
 
 /// What a machine's kernel must have drivers for, besides a root disk, vsock, entropy and overlay.
 #[derive(Debug, Clone, Default)]

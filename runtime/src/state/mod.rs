@@ -22,6 +22,8 @@ use process::ProcessRef;
 pub use uids::UidRange;
 
 const RECORD: &str = "state.json";
+/// Its lock is the one over all machines.
+const LOCK: &str = "lock";
 
 /// Why the state of a machine could not be made or read.
 #[derive(Debug, thiserror::Error)]
@@ -39,16 +41,22 @@ pub enum Error {
     /// The id is taken.
     #[error("a machine named {0} is running: choose another --id, or end it first")]
     Running(String),
+    /// What is left of one that was killed.
+    #[error(
+        "something of an earlier machine named {0} cannot be removed yet: choose another --id, or try again"
+    )]
+    Stuck(String),
     /// No such machine.
     #[error("machine {0} does not exist: `casemate ps` lists those that run")]
     Unknown(String),
     /// The range of user ids is malformed.
     #[error(
-        "CASEMATE_UID_RANGE={0:?}: give FIRST-LAST, both from 1000 to 4294967293, such as 900000-965535"
+        "CASEMATE_UID_RANGE={0:?}: give FIRST-LAST, both from 1000 to 4294967293, without 65534 and 1667301377 between them, \
+         such as 900000-965535"
     )]
     BadRange(String),
     /// All user ids are in use.
-    #[error("all user ids from {} to {} are in use: end some machines, or widen CASEMATE_UID_RANGE", .0.first, .0.last)]
+    #[error("all user ids from {} to {} are in use, by machines or by others on this host: end some machines, or widen CASEMATE_UID_RANGE", .0.first, .0.last)]
     NoUidLeft(UidRange),
     /// A record does not parse.
     #[error("{}: {source}", path.display())]
@@ -126,20 +134,34 @@ impl Machine {
         // Taking names and user ids and collecting stale ones exclude each other: so nobody ever sees half of a machine.
         let _all = lock_all(places)?;
         let directory = places.machine(id.as_str());
-        if directory.exists() && !gc::collect(places, id.as_str(), &directory)? {
-            return Err(Error::Running(id.to_string()));
+        if directory.exists() {
+            match gc::collect(places, id.as_str(), &directory, gc::KILL_BOUND)? {
+                gc::Collected::Removed => {}
+                gc::Collected::Lives => return Err(Error::Running(id.to_string())),
+                gc::Collected::Stuck => return Err(Error::Stuck(id.to_string())),
+            }
         }
         let uid = match uids::take(places, range, id.as_str()) {
             Err(Error::NoUidLeft(_)) => {
-                gc::collect_all(places)?;
+                gc::collect_all(places, gc::KILL_BOUND)?;
                 uids::take(places, range, id.as_str())
             }
             other => other,
         }?;
-        let made = Self::fill(places, directory.clone(), id, uid, traits);
+        // The machine's user may pass through to its sockets, and list nothing.
+        let made = DirBuilder::new()
+            .mode(0o711)
+            .create(&directory)
+            .map_err(io_error("cannot make the directory", &directory))
+            .and_then(|()| {
+                let filled = Self::fill(places, directory.clone(), id, uid, traits);
+                if filled.is_err() {
+                    let _ = fs::remove_dir_all(&directory);
+                }
+                filled
+            });
         if made.is_err() {
-            let _ = fs::remove_dir_all(&directory);
-            uids::release(places, uid);
+            uids::release(places, uid, id.as_str());
         }
         made
     }
@@ -151,13 +173,9 @@ impl Machine {
         uid: u32,
         traits: Traits,
     ) -> Result<Self, Error> {
-        // The machine's user may pass through to its sockets, and list nothing.
-        DirBuilder::new()
-            .mode(0o711)
-            .create(&directory)
-            .map_err(io_error("cannot make the directory", &directory))?;
-        let busy = || io_error("cannot lock", &directory)(Errno::EWOULDBLOCK.into());
-        let lock = try_lock(&directory, FlockArg::LockExclusiveNonblock)?.ok_or_else(busy)?;
+        // Whoever else has it locked only looks whether this machine lives, and is done at once.
+        let gone = || io_error("cannot lock", &directory)(Errno::ENOENT.into());
+        let lock = try_lock(&directory, FlockArg::LockExclusive)?.ok_or_else(gone)?;
         let created = std::time::SystemTime::now()
             .duration_since(std::time::UNIX_EPOCH)
             .map_or(0, |since| since.as_secs());
@@ -238,6 +256,7 @@ impl Drop for Machine {
             &self.directory,
             Some(&self.record),
             self.ended,
+            gc::KILL_BOUND,
         );
     }
 }
@@ -255,10 +274,28 @@ fn lock_all(places: &Places) -> Result<Flock<File>, Error> {
             .create(&directory)
             .map_err(io_error("cannot make the directory", &directory))?;
     }
-    let path = &places.state;
-    let file = File::open(path).map_err(io_error("cannot open", path))?;
+    let (path, file) = open_lock(places)?;
     Flock::lock(file, FlockArg::LockExclusive)
-        .map_err(|(_, errno)| io_error("cannot lock", path)(errno.into()))
+        .map_err(|(_, errno)| io_error("cannot lock", &path)(errno.into()))
+}
+
+/// The lock over all of them, unless another process holds it.
+fn try_lock_all(places: &Places) -> Result<Option<Flock<File>>, Error> {
+    let (path, file) = open_lock(places)?;
+    lock(&path, file, FlockArg::LockExclusiveNonblock)
+}
+
+/// A file, which others may not open, and not the directory: whoever can read that could hold everybody up.
+fn open_lock(places: &Places) -> Result<(PathBuf, File), Error> {
+    let path = places.state.join(LOCK);
+    let file = OpenOptions::new()
+        .create(true)
+        .truncate(false)
+        .write(true)
+        .mode(0o600)
+        .open(&path)
+        .map_err(io_error("cannot open", &path))?;
+    Ok((path, file))
 }
 
 /// Locks a directory itself: there is no lock file to be left or removed too early. None when another process holds it
@@ -269,10 +306,14 @@ fn try_lock(directory: &Path, how: FlockArg) -> Result<Option<Flock<File>>, Erro
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
         Err(error) => return Err(io_error("cannot open", directory)(error)),
     };
+    lock(directory, file, how)
+}
+
+fn lock(path: &Path, file: File, how: FlockArg) -> Result<Option<Flock<File>>, Error> {
     match Flock::lock(file, how) {
         Ok(lock) => Ok(Some(lock)),
         Err((_, Errno::EWOULDBLOCK)) => Ok(None),
-        Err((_, errno)) => Err(io_error("cannot lock", directory)(errno.into())),
+        Err((_, errno)) => Err(io_error("cannot lock", path)(errno.into())),
     }
 }
 
@@ -314,88 +355,4 @@ pub fn list(places: &Places) -> Vec<Record> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    pub fn places() -> (tempfile::TempDir, Places) {
-        let directory = tempfile::tempdir().unwrap();
-        let places = Places {
-            data: directory.path().join("data"),
-            state: directory.path().join("state"),
-            libexec: directory.path().to_path_buf(),
-        };
-        (directory, places)
-    }
-
-    // User ids that no process has: dropping a machine kills those of its user.
-    const RANGE: UidRange = UidRange {
-        first: 4_000_000_000,
-        last: 4_000_000_001,
-    };
-
-    fn create(places: &Places, id: &str) -> Result<Machine, Error> {
-        Machine::create(places, &id.parse().unwrap(), RANGE, Traits::default())
-    }
-
-    #[test]
-    fn a_machine_is_there_until_dropped() {
-        let (_guard, places) = places();
-        let one = create(&places, "one").unwrap();
-        assert_eq!(list(&places).len(), 1);
-        assert_eq!(find(&places, "one").unwrap().uid, one.uid());
-        assert!(matches!(create(&places, "one"), Err(Error::Running(_))));
-        drop(one);
-        assert!(matches!(find(&places, "one"), Err(Error::Unknown(_))));
-        assert_eq!(fs::read_dir(places.machines()).unwrap().count(), 0);
-    }
-
-    #[test]
-    fn user_ids_are_distinct_and_recycled() {
-        let (_guard, places) = places();
-        let one = create(&places, "one").unwrap();
-        let two = create(&places, "two").unwrap();
-        assert_ne!(one.uid(), two.uid());
-        assert!(matches!(create(&places, "three"), Err(Error::NoUidLeft(_))));
-        assert!(!places.machine("three").exists());
-        let freed = one.uid();
-        drop(one);
-        assert_eq!(create(&places, "three").unwrap().uid(), freed);
-    }
-
-    #[test]
-    fn what_a_killed_owner_left_is_collected() {
-        let (_guard, places) = places();
-        let one = create(&places, "one").unwrap();
-        let uid = one.uid();
-        // As after SIGKILL: the lock is free, all else is there.
-        let stale = places.machine("stale");
-        fs::create_dir(&stale).unwrap();
-        let mut record = one.record.clone();
-        record.id = "stale".parse().unwrap();
-        record.uid = 4_000_000_001;
-        fs::write(stale.join(RECORD), serde_json::to_vec(&record).unwrap()).unwrap();
-        fs::write(uids::directory(&places).join("4000000001"), "stale").unwrap();
-
-        assert_eq!(gc::run(&places).unwrap(), ["stale"]);
-        assert!(!stale.exists());
-        assert!(find(&places, "one").is_ok());
-        let left: Vec<_> = fs::read_dir(uids::directory(&places))
-            .unwrap()
-            .flatten()
-            .map(|entry| entry.file_name().into_string().unwrap())
-            .filter(|name| name != "last")
-            .collect();
-        assert_eq!(left, [uid.to_string()]);
-    }
-
-    #[test]
-    fn ids_are_never_paths() {
-        let (_guard, places) = places();
-        for bad in ["..", "a/b", "", "."] {
-            assert!(
-                matches!(find(&places, bad), Err(Error::Unknown(_))),
-                "{bad:?}"
-            );
-        }
-    }
-}
+mod tests;

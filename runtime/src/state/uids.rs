@@ -3,16 +3,20 @@
 //! A file named by the number says that it is taken, and by which machine. Numbers are handed out in turn, so one that
 //! was given back rests as long as possible. The caller holds the lock over all state.
 
+use std::collections::BTreeSet;
 use std::env;
 use std::fs::{self, OpenOptions};
 use std::io::{ErrorKind, Write};
 use std::os::unix::fs::OpenOptionsExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
-use super::{Error, io_error};
+use super::{Error, io_error, process};
+use crate::kernels::UNPACKER_ID;
 use crate::places::Places;
 
 const LAST: &str = "last";
+/// Whoever has no user of his own.
+pub const NOBODY: u32 = 65534;
 const DEFAULT: UidRange = UidRange {
     first: 900_000,
     last: 965_535,
@@ -45,10 +49,10 @@ impl UidRange {
             first: first.parse().ok()?,
             last: last.parse().ok()?,
         };
-        // Below 1000 are the system's own; 65534 is nobody; -1 and -2 have meanings in system calls.
+        // Below 1000 are the system's own; -1 and -2 have meanings in system calls.
         let usable = range.first >= 1000 && range.last <= u32::MAX - 2 && range.first <= range.last;
-        let has_nobody = (range.first..=range.last).contains(&65534);
-        (usable && !has_nobody).then_some(range)
+        let has = |uid| (range.first..=range.last).contains(&uid);
+        (usable && !has(NOBODY) && !has(UNPACKER_ID)).then_some(range)
     }
 
     fn from(self, start: u32) -> impl Iterator<Item = u32> {
@@ -58,6 +62,48 @@ impl UidRange {
             self.first
         };
         (start..=self.last).chain(self.first..start)
+    }
+}
+
+/// Numbers that somebody else has: at a machine's end all processes of its user are killed.
+#[derive(Debug, Default)]
+struct Others {
+    ids: BTreeSet<u32>,
+    /// First ones and counts.
+    ranges: Vec<(u32, u32)>,
+}
+
+impl Others {
+    /// Accounts and groups in the files below `etc`, and users of processes. Accounts that only a directory service
+    /// knows are for CASEMATE_UID_RANGE to avoid.
+    fn read(etc: &Path) -> Self {
+        let fields = |file: &str| -> Vec<(Option<u32>, Option<u32>)> {
+            let text = fs::read(etc.join(file)).unwrap_or_default();
+            let number = |field: Option<&str>| field?.trim().parse().ok();
+            String::from_utf8_lossy(&text)
+                .lines()
+                .map(|line| {
+                    let mut fields = line.split(':').skip(1);
+                    (number(fields.next()), number(fields.next()))
+                })
+                .collect()
+        };
+        let accounts = ["passwd", "group"].into_iter().flat_map(fields);
+        let ranges = ["subuid", "subgid"].into_iter().flat_map(fields);
+        let mut ids = process::all_users();
+        ids.extend(accounts.filter_map(|(_, id)| id));
+        Self {
+            ids,
+            ranges: ranges
+                .filter_map(|(first, count)| Some((first?, count?)))
+                .collect(),
+        }
+    }
+
+    fn have(&self, uid: u32) -> bool {
+        let in_range =
+            |(first, count): &(u32, u32)| uid.checked_sub(*first).is_some_and(|n| n < *count);
+        self.ids.contains(&uid) || self.ranges.iter().any(in_range)
     }
 }
 
@@ -72,7 +118,11 @@ pub fn take(places: &Places, range: UidRange, id: &str) -> Result<u32, Error> {
     let last: Option<u32> = fs::read_to_string(directory.join(LAST))
         .ok()
         .and_then(|text| text.trim().parse().ok());
+    let others = Others::read(Path::new("/etc"));
     for uid in range.from(last.map_or(range.first, |last| last.saturating_add(1))) {
+        if others.have(uid) {
+            continue;
+        }
         let path = directory.join(uid.to_string());
         let made = OpenOptions::new()
             .create_new(true)
@@ -92,9 +142,16 @@ pub fn take(places: &Places, range: UidRange, id: &str) -> Result<u32, Error> {
     Err(Error::NoUidLeft(range))
 }
 
-/// Gives a number back.
-pub fn release(places: &Places, uid: u32) {
-    let _ = fs::remove_file(directory(places).join(uid.to_string()));
+/// True while the number is taken for this machine.
+pub fn is_of(places: &Places, uid: u32, id: &str) -> bool {
+    fs::read_to_string(directory(places).join(uid.to_string())).is_ok_and(|owner| owner == id)
+}
+
+/// Gives a number back, unless it has become another machine's.
+pub fn release(places: &Places, uid: u32, id: &str) {
+    if is_of(places, uid, id) {
+        let _ = fs::remove_file(directory(places).join(uid.to_string()));
+    }
 }
 
 /// Gives back the numbers of machines that do not exist.
@@ -139,10 +196,31 @@ mod tests {
             "2000-1000",
             "1000-4294967294",
             "60000-70000",
+            "1667301377-1667301377",
             "a-b",
         ] {
             assert_eq!(UidRange::parse(bad), None, "{bad}");
         }
+    }
+
+    #[test]
+    fn what_others_have_is_not_taken() {
+        let etc = tempfile::tempdir().unwrap();
+        let write = |name: &str, text: &str| fs::write(etc.path().join(name), text).unwrap();
+        write(
+            "passwd",
+            "root:x:0:0::/:/bin/sh\nmad\u{e9}:x:900001:900009::/:/bin/sh\n",
+        );
+        write("group", "root:x:0:\nteam:x:900002:root\n");
+        write("subuid", "some:900100:10\nbroken\nlast:4294967295:5\n");
+        let others = Others::read(etc.path());
+        for uid in [0, 900_001, 900_002, 900_100, 900_109, u32::MAX] {
+            assert!(others.have(uid), "{uid}");
+        }
+        for uid in [900_000, 900_003, 900_099, 900_110] {
+            assert!(!others.have(uid), "{uid}");
+        }
+        assert!(others.have(nix::unistd::geteuid().as_raw()), "of a process");
     }
 
     #[test]
