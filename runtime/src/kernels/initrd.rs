@@ -38,7 +38,11 @@ fn compose_with(
     }
     fs::create_dir_all(&cache).map_err(|error| Error::io("make", &cache, error))?;
     let failed = |error| Error::io("write an initrd in", &cache, error);
-    let new = tempfile::NamedTempFile::new_in(&cache).map_err(failed)?;
+    crate::rootfs::sweep(&cache);
+    let new = tempfile::Builder::new()
+        .prefix(crate::rootfs::BUILDING)
+        .tempfile_in(&cache)
+        .map_err(failed)?;
     let mut archive = Archive::new(BufWriter::with_capacity(1 << 20, new));
     let directory = store.directory(kernel).join("modules");
     let mut list = String::new();

@@ -1,5 +1,6 @@
 //! The key of a directory tree: SHA-256 over everything that becomes part of its image.
 
+use std::collections::BTreeMap;
 use std::ffi::OsStr;
 use std::fmt;
 use std::fs::{self, File};
@@ -14,7 +15,7 @@ use walkdir::WalkDir;
 use super::{Error, io_error};
 
 /// Changes whenever the same tree should give another image.
-const FORMAT: &[u8] = b"casemate erofs 1";
+const FORMAT: &[u8] = b"casemate erofs 2";
 
 /// A tree's key.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -48,6 +49,8 @@ impl fmt::Display for Key {
 pub fn of_tree(root: &Path) -> Result<Key, Error> {
     let mut hash = Sha256::new();
     hash.update(FORMAT);
+    // Files with several names: which was the first, since the image has one file for all of them.
+    let mut linked = BTreeMap::new();
     for entry in WalkDir::new(root).sort_by_file_name() {
         let entry = entry.map_err(|error| {
             let path = error.path().unwrap_or(root).to_path_buf();
@@ -73,8 +76,17 @@ pub fn of_tree(root: &Path) -> Result<Key, Error> {
         }
         let kind = metadata.file_type();
         if kind.is_file() {
+            if metadata.nlink() > 1 {
+                let number = u64::try_from(linked.len()).unwrap_or(u64::MAX);
+                let first = linked.entry((metadata.dev(), metadata.ino()));
+                hash.update(first.or_insert(number).to_le_bytes());
+            }
             hash.update(metadata.size().to_le_bytes());
-            content(&mut hash, path).map_err(io_error("cannot read", path))?;
+            let length = content(&mut hash, path).map_err(io_error("cannot read", path))?;
+            // The length above must be that of the content, or two trees could have one key.
+            if length != metadata.size() {
+                return Err(Error::Changing(root.to_path_buf()));
+            }
         } else if kind.is_symlink() {
             let target = fs::read_link(path).map_err(io_error("cannot read", path))?;
             field(&mut hash, target.as_os_str());
@@ -92,13 +104,18 @@ fn field(hash: &mut Sha256, text: &OsStr) {
     hash.update(text.as_bytes());
 }
 
-fn content(hash: &mut Sha256, path: &Path) -> io::Result<()> {
+/// Returns how many bytes there were.
+fn content(hash: &mut Sha256, path: &Path) -> io::Result<u64> {
     let mut file = File::open(path)?;
+    let mut total = 0u64;
     let mut buffer = vec![0; 256 * 1024];
     loop {
         match file.read(&mut buffer) {
-            Ok(0) => return Ok(()),
-            Ok(length) => hash.update(buffer.get(..length).unwrap_or_default()),
+            Ok(0) => return Ok(total),
+            Ok(length) => {
+                hash.update(buffer.get(..length).unwrap_or_default());
+                total = total.saturating_add(u64::try_from(length).unwrap_or(u64::MAX));
+            }
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
             Err(error) => return Err(error),
         }
@@ -136,6 +153,12 @@ mod tests {
         differs("a link's target");
         fs::create_dir(tree.join("d")).unwrap();
         differs("an empty directory");
+        fs::write(tree.join("c"), "2").unwrap();
+        fs::set_permissions(tree.join("c"), fs::Permissions::from_mode(0o711)).unwrap();
+        differs("a copy");
+        fs::remove_file(tree.join("c")).unwrap();
+        fs::hard_link(tree.join("b"), tree.join("c")).unwrap();
+        differs("a hard link in place of the copy");
     }
 
     #[test]
