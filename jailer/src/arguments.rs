@@ -36,6 +36,7 @@ What it may use (descriptors, opened now; names are those of the machine config,
 
 How much (cgroups are made at <parent>/ID; the caller removes them):
   --cgroup FILE=VALUE       a setting, such as memory.max=1G; may be given several times
+  --cgroup-if-there FILE=VALUE  the same, but passed over where this host has no such file
   --cgroup-version 1|2      where to look for a controller [both]
   --parent-cgroup PATH      [the name of --exec-file]
   --resource-limit no-file=N|fsize=N  [no-file=2048; fsize: the largest --grant-rw file, unless streams
@@ -118,6 +119,8 @@ pub struct CgroupSetting {
     pub file: String,
     /// What is written into it.
     pub value: String,
+    /// Passed over where there is no such file.
+    pub optional: bool,
 }
 
 /// Which kind of cgroup hierarchy.
@@ -251,9 +254,11 @@ pub fn parse(arguments: impl Iterator<Item = OsString>) -> Result<Command, Argum
                     .map(|value| process_number(&value.string()?))
                     .transpose()?;
             }
-            "cgroup" => result
-                .cgroups
-                .push(cgroup_setting(&parser.value()?.string()?)?),
+            "cgroup" | "cgroup-if-there" => {
+                let optional = option == "cgroup-if-there";
+                let text = parser.value()?.string()?;
+                result.cgroups.push(cgroup_setting(&text, optional)?);
+            }
             "cgroup-version" => {
                 result.cgroup_version = Some(match parser.value()?.string()?.as_str() {
                     "1" => CgroupVersion::V1,
@@ -339,7 +344,7 @@ fn log_fd(text: &str) -> Result<RawFd, ArgumentError> {
 }
 
 /// `<controller>.<name>=<value>`; the name becomes a path's last component.
-fn cgroup_setting(text: &str) -> Result<CgroupSetting, ArgumentError> {
+fn cgroup_setting(text: &str, optional: bool) -> Result<CgroupSetting, ArgumentError> {
     let form = "FILE=VALUE is needed, such as memory.max=1G";
     let (file, value) = text
         .split_once('=')
@@ -358,6 +363,7 @@ fn cgroup_setting(text: &str) -> Result<CgroupSetting, ArgumentError> {
         controller: controller.to_owned(),
         file: file.to_owned(),
         value: value.to_owned(),
+        optional,
     })
 }
 

@@ -107,7 +107,10 @@ pub fn join(arguments: &Arguments, made: &mut Made) -> Result<()> {
             inherit_cpuset(&hierarchy.mount, &path)?;
         }
         for setting in &settings {
-            write(&directory.join(&setting.file), &setting.value)?;
+            let file = directory.join(&setting.file);
+            if !setting.optional || file.exists() {
+                write(&file, &setting.value)?;
+            }
         }
         enter(hierarchy, &directory, &origins, made)?;
     }
@@ -156,6 +159,9 @@ fn by_hierarchy<'a>(
         // A controller is in one hierarchy only; `rw` and the like are no controllers.
         let has = |h: &&Hierarchy| h.controllers.contains(&setting.controller);
         let Some(hierarchy) = hierarchies.iter().find(has) else {
+            if setting.optional {
+                continue;
+            }
             return refused(
                 format!("--cgroup {}={}", setting.file, setting.value),
                 format!(
@@ -313,6 +319,7 @@ cgroup2 /sys/fs/cgroup/unified cgroup2 rw,relatime 0 0
             controller: file.split('.').next().unwrap().to_owned(),
             file: file.to_owned(),
             value: "1".to_owned(),
+            optional: false,
         }
     }
 
@@ -345,6 +352,11 @@ cgroup2 /sys/fs/cgroup/unified cgroup2 rw,relatime 0 0
         assert_eq!(groups[0].1.len(), 2);
         let error = by_hierarchy(&found, &[setting("rdma.max")]).unwrap_err();
         assert!(error.to_string().contains("rdma"), "{error}");
+        let optional = CgroupSetting {
+            optional: true,
+            ..setting("rdma.max")
+        };
+        assert_eq!(by_hierarchy(&found, &[optional]).unwrap(), []);
     }
 
     #[test]

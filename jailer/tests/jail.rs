@@ -673,6 +673,8 @@ fn cgroups_hold_the_machine() {
         "pids.max=33",
         "--cgroup",
         "memory.max=64M",
+        "--cgroup-if-there",
+        "memory.nosuch=1",
         "--new-pid-ns",
     ]);
     // Version 1 has other names for memory.
@@ -687,6 +689,8 @@ fn cgroups_hold_the_machine() {
             "memory.limit_in_bytes=64M",
             "--cgroup",
             "cpuset.cpus=0",
+            "--cgroup-if-there",
+            "memory.nosuch=1",
             "--new-pid-ns",
         ])
     };

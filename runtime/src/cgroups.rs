@@ -1,6 +1,7 @@
 //! Which cgroup hierarchies this host has, and which limits a machine gets in them.
 
 use std::fs;
+use std::io;
 use std::path::{Path, PathBuf};
 
 use serde::Serialize;
@@ -13,6 +14,13 @@ const CPU_PERIOD_US: u64 = 100_000;
 const OVERHEAD_MIB: u64 = 64;
 /// Threads beside the virtual processors: control, device, helpers, broker, and the kernel's for KVM.
 const EXTRA_TASKS: u64 = 32;
+
+/// Memory of a monitor, which carries bytes from one descriptor to another.
+const MONITOR_BYTES: u64 = 64 << 20;
+/// Tasks of a monitor: itself.
+const MONITOR_TASKS: u64 = 4;
+/// Controllers without which a machine would have no bounds.
+const NEEDED: [&str; 3] = ["memory", "pids", "cpu"];
 
 /// One mounted hierarchy.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -50,6 +58,8 @@ pub struct Limit {
     pub file: &'static str,
     /// What to write.
     pub value: String,
+    /// Whether the host may lack the file.
+    pub optional: bool,
 }
 
 impl Hierarchy {
@@ -113,6 +123,13 @@ impl Hierarchies {
             .map(|one| one.version)
     }
 
+    /// The controllers that a machine's limits need and this host does not offer.
+    pub fn missing(&self) -> Vec<&'static str> {
+        let mut missing = NEEDED.to_vec();
+        missing.retain(|controller| self.version_of(controller).is_none());
+        missing
+    }
+
     /// Limits of a machine with this much memory and so many processors, as far as the host has them.
     pub fn limits(&self, memory_mib: u64, cpus: u8) -> Vec<Limit> {
         let bytes = memory_mib
@@ -121,14 +138,38 @@ impl Hierarchies {
             .saturating_mul(1 << 20);
         let tasks = u64::from(cpus).saturating_add(EXTRA_TASKS);
         // One processor more than the guest has, for its devices.
-        let quota = u64::from(cpus)
-            .saturating_add(1)
-            .saturating_mul(CPU_PERIOD_US);
-        let limit = |file, value| Limit { file, value };
+        self.bounds(bytes, tasks, u64::from(cpus).saturating_add(1))
+    }
+
+    /// Limits of a machine's monitor.
+    pub fn monitor_limits(&self) -> Vec<Limit> {
+        self.bounds(MONITOR_BYTES, MONITOR_TASKS, 1)
+    }
+
+    fn bounds(&self, bytes: u64, tasks: u64, cpus: u64) -> Vec<Limit> {
+        let quota = cpus.saturating_mul(CPU_PERIOD_US);
+        let limit = |file, value: String| Limit {
+            file,
+            value,
+            optional: false,
+        };
+        // Without one of swap, what memory has no room for would fill the host's. Only where the kernel counts it.
+        let swap = |file, value: String| Limit {
+            file,
+            value,
+            optional: true,
+        };
         let mut limits = Vec::new();
         match self.version_of("memory") {
-            Some(2) => limits.push(limit("memory.max", bytes.to_string())),
-            Some(_) => limits.push(limit("memory.limit_in_bytes", bytes.to_string())),
+            Some(2) => {
+                limits.push(limit("memory.max", bytes.to_string()));
+                limits.push(swap("memory.swap.max", "0".to_string()));
+            }
+            Some(_) => {
+                limits.push(limit("memory.limit_in_bytes", bytes.to_string()));
+                // Of both together, and thus never less.
+                limits.push(swap("memory.memsw.limit_in_bytes", bytes.to_string()));
+            }
             None => {}
         }
         if self.version_of("pids").is_some() {
@@ -145,17 +186,63 @@ impl Hierarchies {
         limits
     }
 
+    /// Moves a machine's monitor into cgroups of its own, with limits. The error names the file.
+    pub fn confine_monitor(&self, id: &str, pid: u32) -> Result<(), (PathBuf, io::Error)> {
+        let at = |path: &Path| {
+            let path = path.to_path_buf();
+            move |error| (path, error)
+        };
+        let write = |path: PathBuf, text: &str| fs::write(&path, text).map_err(at(&path));
+        let limits = self.monitor_limits();
+        for hierarchy in &self.0 {
+            let own = limits.iter().filter(|limit| {
+                let controller = limit.file.split('.').next().unwrap_or_default();
+                self.0.iter().find(|one| one.has(controller)) == Some(hierarchy)
+            });
+            let own: Vec<&Limit> = own.collect();
+            if own.is_empty() {
+                continue;
+            }
+            let parent = hierarchy.mount.join(PARENT);
+            let directory = parent.join(monitor_group(id));
+            fs::create_dir_all(&parent).map_err(at(&parent))?;
+            if hierarchy.version == 2 {
+                for holder in [&hierarchy.mount, &parent] {
+                    let file = holder.join("cgroup.subtree_control");
+                    for controller in NEEDED.iter().filter(|name| hierarchy.has(name)) {
+                        write(file.clone(), &format!("+{controller}"))?;
+                    }
+                }
+            }
+            fs::create_dir_all(&directory).map_err(at(&directory))?;
+            for limit in own {
+                let file = directory.join(limit.file);
+                if !limit.optional || file.exists() {
+                    write(file, &limit.value)?;
+                }
+            }
+            write(directory.join("cgroup.procs"), &pid.to_string())?;
+        }
+        Ok(())
+    }
+
     /// Every directory that a machine may have.
     pub fn directories(&self, id: &str) -> Vec<PathBuf> {
         let mut directories: Vec<PathBuf> = self
             .0
             .iter()
-            .map(|one| one.mount.join(PARENT).join(id))
+            .map(|one| one.mount.join(PARENT))
+            .flat_map(|parent| [parent.join(id), parent.join(monitor_group(id))])
             .collect();
         directories.sort();
         directories.dedup();
         directories
     }
+}
+
+/// No machine has this name: ids have no dot.
+fn monitor_group(id: &str) -> String {
+    format!("{id}.monitor")
 }
 
 fn words(text: &str, separator: char) -> Vec<String> {
@@ -192,6 +279,7 @@ mod tests {
             &[("sys/fs/cgroup", "cpuset cpu io memory pids\n")],
         );
         assert_eq!(host.layout(), Layout::V2);
+        assert!(host.missing().is_empty());
         let limits = host.limits(128, 2);
         assert_eq!(
             limits
@@ -200,6 +288,7 @@ mod tests {
                 .collect::<Vec<_>>(),
             [
                 ("memory.max", "203423744"),
+                ("memory.swap.max", "0"),
                 ("pids.max", "34"),
                 ("cpu.max", "300000 100000")
             ]
@@ -219,11 +308,14 @@ mod tests {
             files,
             [
                 "memory.limit_in_bytes",
+                "memory.memsw.limit_in_bytes",
                 "cpu.cfs_period_us",
                 "cpu.cfs_quota_us"
             ]
         );
-        assert_eq!(host.directories("x").len(), 3);
+        assert_eq!(host.directories("x").len(), 6);
+        // Named, so that nobody starts a machine that may have as many tasks as it likes without knowing.
+        assert_eq!(host.missing(), ["pids"]);
     }
 
     #[test]
@@ -231,5 +323,6 @@ mod tests {
         let host = host("", &[]);
         assert_eq!(host.layout(), Layout::Absent);
         assert!(host.limits(1, 1).is_empty());
+        assert_eq!(host.missing(), NEEDED);
     }
 }

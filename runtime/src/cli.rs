@@ -128,8 +128,8 @@ pub struct RunArgs {
     /// Further words for the kernel command line
     #[arg(long, value_name = "WORDS", allow_hyphen_values = true)]
     pub append: Option<String>,
-    /// Leave one of the walls out where this host lacks it
-    #[arg(long, value_name = "WALL", value_parser = ["landlock"])]
+    /// Leave one of the walls out where this host lacks it (cgroup: limits whose controllers it lacks)
+    #[arg(long, value_name = "WALL", value_delimiter = ',', value_parser = ["landlock", "cgroup"])]
     pub allow_missing: Vec<String>,
     /// The command and its arguments [default: /bin/sh]
     #[arg(last = true, value_name = "CMD")]
@@ -234,6 +234,10 @@ mod tests {
         assert_eq!(args.timeout, Some(Duration::from_secs(120)));
         assert_eq!(args.command, ["ls", "-l"]);
         assert_eq!(args.tty, "auto");
+        let missing = run(&["--allow-missing", "landlock,cgroup"])
+            .unwrap()
+            .allow_missing;
+        assert_eq!(missing, ["landlock", "cgroup"]);
         assert_eq!(run(&["-t", "--", "sh"]).unwrap().tty, "yes");
         assert_eq!(run(&["--tty=no"]).unwrap().tty, "no");
     }

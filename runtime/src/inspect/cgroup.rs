@@ -10,13 +10,22 @@ use super::Error;
 use crate::cgroups::Hierarchies;
 
 /// Files that hold limits, in v2 and v1.
-const LIMIT_FILES: [&str; 6] = [
+const LIMIT_FILES: [&str; 8] = [
     "memory.max",
     "memory.limit_in_bytes",
+    "memory.swap.max",
+    "memory.memsw.limit_in_bytes",
     "pids.max",
     "cpu.max",
     "cpu.cfs_quota_us",
     "cpu.cfs_period_us",
+];
+
+/// Those that limit nothing without another one.
+const ALONE_NO_LIMIT: [&str; 3] = [
+    "cpu.cfs_period_us",
+    "memory.swap.max",
+    "memory.memsw.limit_in_bytes",
 ];
 
 /// A cgroup with at least one limit file.
@@ -77,7 +86,7 @@ impl Cgroup {
     pub fn limited(&self) -> Vec<&'static str> {
         self.limits
             .iter()
-            .filter(|(file, value)| **file != "cpu.cfs_period_us" && is_limit(value))
+            .filter(|(file, value)| !ALONE_NO_LIMIT.contains(*file) && is_limit(value))
             .filter_map(|(file, _)| Some(file.split_once('.')?.0))
             .collect()
     }

@@ -12,11 +12,15 @@ use landlock::{
 };
 use nix::errno::Errno;
 use nix::sys::prctl;
+use nix::sys::resource::{Resource, setrlimit};
 use nix::sys::signal::{SigSet, Signal};
 use nix::unistd::{Gid, Uid, setgroups, setresgid, setresuid};
 
 /// The newest Landlock that the monitor knows; older kernels give what they have.
 const LANDLOCK: ABI = ABI::V6;
+
+/// Address space of the monitor, in bytes: many times what it needs.
+const MAX_MEMORY: u64 = 256 << 20;
 
 /// Which wall could not be built.
 #[derive(Debug, thiserror::Error)]
@@ -83,6 +87,8 @@ pub fn close_others(kept: &[&dyn AsFd]) {
 
 /// Becomes the machine's user, without capabilities, file system, or any system call but those of moving bytes.
 pub fn enter(uid: u32, allow_missing_landlock: bool) -> Result<(), Error> {
+    // Beside its cgroup, which a host may lack: what it is made to allocate is not to be all of the host's memory.
+    setrlimit(Resource::RLIMIT_AS, MAX_MEMORY, MAX_MEMORY).map_err(step("limit memory"))?;
     let (user, group) = (Uid::from_raw(uid), Gid::from_raw(uid));
     // The bounding set needs CAP_SETPCAP, so it goes first; leaving root then clears the other sets.
     caps::clear(None, CapSet::Bounding)?;

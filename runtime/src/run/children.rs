@@ -16,6 +16,7 @@ use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockType, send, socket
 
 use super::Error;
 use super::plan::Plan;
+use crate::cgroups::Hierarchies;
 use crate::cli::RunArgs;
 use crate::monitor::wire::{ConsoleMode, Setup};
 use crate::state::Machine;
@@ -40,6 +41,7 @@ impl Children {
         machine: &mut Machine,
         socket: &Path,
         arguments: Vec<OsString>,
+        hierarchies: &Hierarchies,
     ) -> Result<Self, Error> {
         let console = pipe().map_err(Error::system("make a pipe"))?;
         let log = pipe().map_err(Error::system("make a pipe"))?;
@@ -77,6 +79,12 @@ impl Children {
         let (log_read, log_write) = log;
         let (input_read, input_write) = input.unzip();
         let monitor = start_monitor(theirs, listener, console_read, input_write, log_read)?;
+        // Before the guest can say anything.
+        let confined = hierarchies.confine_monitor(machine.id().as_str(), monitor.id());
+        if let Err((path, error)) = confined {
+            end(monitor);
+            return Err(Error::file("cannot limit the monitor by", &path)(error));
+        }
         let stdin = input_read.map_or_else(Stdio::null, Stdio::from);
         let mut command = Command::new(&plan.jailer);
         command

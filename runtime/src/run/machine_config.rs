@@ -87,7 +87,12 @@ pub fn jailer_arguments(
         args.option("--parent-cgroup", cgroups::PARENT);
     }
     for limit in limits {
-        args.option("--cgroup", format!("{}={}", limit.file, limit.value));
+        let option = if limit.optional {
+            "--cgroup-if-there"
+        } else {
+            "--cgroup"
+        };
+        args.option(option, format!("{}={}", limit.file, limit.value));
     }
     args.grant("--grant-ro", "config", config);
     args.grant("--grant-ro", "kernel", &plan.kernel);
@@ -178,6 +183,7 @@ mod tests {
             memory_mib: 256,
             spec: Some(Default::default()),
             allow_missing_landlock: false,
+            allow_missing_cgroup: false,
         }
     }
 

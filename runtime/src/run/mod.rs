@@ -43,6 +43,12 @@ pub enum Error {
     /// `/dev/kvm`.
     #[error("/dev/kvm: {0}: see `casemate doctor`")]
     NoKvm(&'static str),
+    /// Limits that nothing would hold.
+    #[error(
+        "this host has no cgroup controller {}: the machine would have no bounds there; mount cgroup v2 with it \
+         (see `casemate doctor`), or do without by --allow-missing cgroup", .0.join(", ")
+    )]
+    NoController(Vec<&'static str>),
     /// A path.
     #[error("{what} {}: {source}", path.display())]
     File {
@@ -133,6 +139,11 @@ pub fn run(args: &RunArgs) -> Result<u8, Error> {
     let places = Places::from_env();
     let range = UidRange::from_env()?;
     let plan = Plan::new(args, &places)?;
+    let hierarchies = Hierarchies::read(Path::new("/"));
+    let missing = hierarchies.missing();
+    if !missing.is_empty() && !plan.allow_missing_cgroup {
+        return Err(Error::NoController(missing));
+    }
 
     // Signals are held from here on and read from a descriptor: none can end this process before it has cleaned up.
     let signals = supervise::hold_signals()?;
@@ -150,12 +161,11 @@ pub fn run(args: &RunArgs) -> Result<u8, Error> {
     let config =
         serde_json::to_vec_pretty(&machine_config::machine_config(&plan)).unwrap_or_default();
     let config = machine.write("config.json", &config)?;
-    let hierarchies = Hierarchies::read(Path::new("/"));
     let socket = machine.path(machine_config::VSOCK_SOCKET);
     let arguments =
         machine_config::jailer_arguments(&plan, machine.uid(), &config, &socket, &hierarchies);
 
-    let children = Children::start(args, &plan, &mut machine, &socket, arguments)?;
+    let children = Children::start(args, &plan, &mut machine, &socket, arguments, &hierarchies)?;
     let limits = Limits {
         timeout: args.timeout,
         stop_grace: args.stop_grace,

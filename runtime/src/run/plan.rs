@@ -65,6 +65,8 @@ pub struct Plan {
     pub spec: Option<Spec>,
     /// Walls that may be missing.
     pub allow_missing_landlock: bool,
+    /// Likewise limits.
+    pub allow_missing_cgroup: bool,
 }
 
 /// True for what can be a disk: a regular file or a block device.
@@ -106,6 +108,7 @@ impl Plan {
             .map(|path| readable("--initrd", path))
             .transpose()?;
 
+        let may_miss = |wall: &str| args.allow_missing.iter().any(|other| other == wall);
         let mut plan = Self {
             id,
             vmm,
@@ -120,7 +123,8 @@ impl Plan {
             cpus: args.cpus,
             memory_mib: args.memory,
             spec,
-            allow_missing_landlock: args.allow_missing.iter().any(|wall| wall == "landlock"),
+            allow_missing_landlock: may_miss("landlock"),
+            allow_missing_cgroup: may_miss("cgroup"),
         };
         if args.bare {
             let file = args.kernel.as_deref().ok_or(Error::BareWithoutKernel)?;
