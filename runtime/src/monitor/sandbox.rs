@@ -63,6 +63,8 @@ pub fn hold_signals() -> Result<(), Error> {
         Signal::SIGHUP,
         Signal::SIGUSR1,
         Signal::SIGUSR2,
+        // Or it would be stopped for setting the terminal back when `run` was killed and it is in the background.
+        Signal::SIGTTOU,
     ] {
         held.add(signal);
     }

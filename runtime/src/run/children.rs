@@ -1,10 +1,9 @@
 //! The two processes of a run: the monitor, and the jailer that becomes the machine.
 
 use std::ffi::OsString;
-use std::fs::{self, Permissions};
 use std::io::{PipeReader, PipeWriter, pipe};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
-use std::os::unix::fs::{PermissionsExt, chown};
+use std::os::unix::fs::chown;
 use std::os::unix::net::UnixListener;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
@@ -13,6 +12,7 @@ use std::process::{Child, Command, Stdio};
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use nix::sys::signal::Signal;
 use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockType, send, socketpair};
+use nix::sys::stat::{Mode, umask};
 
 use super::Error;
 use super::plan::Plan;
@@ -141,9 +141,11 @@ fn listen(socket: &Path, uid: u32) -> Result<UnixListener, Error> {
     let mut path = socket.as_os_str().to_os_string();
     path.push(format!("_{}", casemate_init::protocol::PORT));
     let path = Path::new(&path);
-    let listener = UnixListener::bind(path).map_err(Error::file("cannot listen at", path))?;
-    fs::set_permissions(path, Permissions::from_mode(0o600))
-        .map_err(Error::file("cannot change", path))?;
+    // From the start, whatever the caller's mask: a connection made before a change would stay.
+    let mask = umask(Mode::from_bits_truncate(0o177));
+    let listener = UnixListener::bind(path);
+    umask(mask);
+    let listener = listener.map_err(Error::file("cannot listen at", path))?;
     chown(path, Some(uid), Some(uid)).map_err(Error::file("cannot change", path))?;
     Ok(listener)
 }
