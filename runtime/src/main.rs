@@ -10,6 +10,7 @@ mod places;
 mod ps;
 mod rootfs;
 mod run;
+mod say;
 mod state;
 mod units;
 
@@ -68,7 +69,7 @@ fn usage(error: &clap::Error) -> ExitCode {
         .collect();
     let said = lines.join(" ");
     let said = said.strip_prefix("error: ").unwrap_or(&said);
-    eprintln!("casemate: {said} (see --help)");
+    say::warn(format_args!("{said} (see --help)"));
     ExitCode::from(USAGE)
 }
 
@@ -85,13 +86,13 @@ fn written(result: std::io::Result<()>) -> ExitCode {
 }
 
 fn fail(error: &dyn Display) -> ExitCode {
-    eprintln!("casemate: {error}");
+    say::warn(error);
     ExitCode::from(FAILED)
 }
 
 fn gc() -> Result<(), state::Error> {
     for id in state::gc::run(&Places::from_env())? {
-        println!("removed {id}");
+        say::line(format_args!("removed {id}"));
     }
     Ok(())
 }

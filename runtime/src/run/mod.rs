@@ -20,7 +20,7 @@ use crate::cgroups::Hierarchies;
 use crate::cli::RunArgs;
 use crate::places::{MissingProgram, Places};
 use crate::state::{self, Machine, Traits, UidRange};
-use crate::{inspect, kernels, rootfs};
+use crate::{inspect, kernels, rootfs, say};
 use children::Children;
 use plan::Plan;
 pub use plan::is_disk;
@@ -175,7 +175,9 @@ pub fn run(args: &RunArgs) -> Result<u8, Error> {
     let supervisor = Supervisor::new(children, signals, limits, args, tty, &machine);
     // While the guest boots there is time for what killed runs have left.
     if let Err(error) = state::gc::try_run(&places) {
-        eprintln!("casemate: cannot collect what killed runs left: {error}");
+        say::warn(format_args!(
+            "cannot collect what killed runs left: {error}"
+        ));
     }
     let outcome = supervisor.run()?;
     if outcome.all_ended {

@@ -1,9 +1,10 @@
 //! Watching a run: signals, times, the monitor's events, and the ends of both processes.
 
+mod conclude;
+
 use std::fs::File;
 use std::io::Write;
 use std::os::fd::AsFd;
-use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::ExitStatus;
 use std::time::{Duration, Instant};
@@ -20,6 +21,7 @@ use super::terminal::{self, RawMode};
 use crate::cli::RunArgs;
 use crate::inspect;
 use crate::monitor::wire::{self, Event, Order, Received};
+use crate::say::warn as say;
 use crate::state::Machine;
 use crate::state::process::signal_pid;
 
@@ -29,6 +31,8 @@ pub const FAILED: u8 = 125;
 pub const TIMED_OUT: u8 = 124;
 /// After the VMM was asked to end at once, how long until it is killed.
 const FIRM_BOUND: Duration = Duration::from_secs(3);
+/// Events of the monitor that are taken before anything else is looked at. In a whole run there are but a few.
+const EVENTS_A_TURN: u32 = 16;
 /// Signals that are read from a descriptor.
 const HELD: [Signal; 6] = [
     Signal::SIGINT,
@@ -114,6 +118,8 @@ pub struct Supervisor {
     reason: Option<Reason>,
     stop_deadline: Option<Instant>,
     jailer_status: Option<ExitStatus>,
+    jailer_ended: Option<Instant>,
+    drained: bool,
     monitor_status: Option<ExitStatus>,
     control_open: bool,
 }
@@ -146,6 +152,8 @@ impl Supervisor {
             reason: None,
             stop_deadline: None,
             jailer_status: None,
+            jailer_ended: None,
+            drained: false,
             monitor_status: None,
             control_open: true,
         }
@@ -165,11 +173,11 @@ impl Supervisor {
         // Before our own last words, which should stand in a terminal as it was.
         self.raw = None;
         if let Some(error) = self.report_error.take() {
-            eprintln!("casemate: --confinement-report: {error}");
+            say(format!("--confinement-report: {error}"));
         }
         Ok(Outcome {
             code: self.conclude(),
-            all_ended: self.stop < Stop::Killed,
+            all_ended: self.stop < Stop::Killed && conclude::all_ended(self.jailer_status),
         })
     }
 
@@ -200,17 +208,28 @@ impl Supervisor {
         let timeout = self
             .limits
             .timeout
-            .filter(|_| self.reason.is_none())
+            .filter(|_| self.may_time_out())
             .map(|limit| self.started + limit);
         let boot = self
             .limits
             .boot_timeout
             .filter(|_| self.is_booting())
             .map(|limit| self.started + limit);
-        [timeout, boot, self.stop_deadline]
+        [timeout, boot, self.drain_deadline(), self.stop_deadline]
             .into_iter()
             .flatten()
             .min()
+    }
+
+    /// The command runs, and nothing has been done about it.
+    fn may_time_out(&self) -> bool {
+        self.reason.is_none() && self.result.is_none() && self.jailer_status.is_none()
+    }
+
+    /// Until when the monitor may wait for a reader of the last output: with --timeout not for ever.
+    fn drain_deadline(&self) -> Option<Instant> {
+        let (timeout, ended) = (self.limits.timeout?, self.jailer_ended?);
+        (!self.drained).then(|| (self.started + timeout).max(ended + FIRM_BOUND))
     }
 
     fn is_booting(&self) -> bool {
@@ -299,11 +318,18 @@ impl Supervisor {
         let passed = |limit: Option<Duration>, since: Instant| {
             limit.is_some_and(|limit| now >= since + limit)
         };
-        if self.reason.is_none()
-            && self.result.is_none()
-            && passed(self.limits.timeout, self.started)
-        {
+        if self.may_time_out() && passed(self.limits.timeout, self.started) {
             self.stop_for(Reason::Timeout);
+        }
+        if self
+            .drain_deadline()
+            .is_some_and(|deadline| now >= deadline)
+        {
+            self.drained = true;
+            self.reason.get_or_insert(Reason::Timeout);
+            if self.monitor_status.is_none() {
+                signal_pid(self.children.monitor.id(), Signal::SIGKILL);
+            }
         }
         if self.is_booting() && passed(self.limits.boot_timeout, self.started) {
             self.stop_for(Reason::BootTimeout);
@@ -320,7 +346,11 @@ impl Supervisor {
     }
 
     fn take_events(&mut self) {
-        while self.control_open {
+        // Not more at once: signals and times must have their turn, whatever a monitor that was taken over sends.
+        for _ in 0..EVENTS_A_TURN {
+            if !self.control_open {
+                return;
+            }
             match wire::next_event(self.children.control.as_fd()) {
                 Received::Nothing => return,
                 Received::Closed => self.control_open = false,
@@ -392,6 +422,7 @@ impl Supervisor {
                 .map_err(Error::system("wait for the jailer"))?
         {
             self.jailer_status = Some(status);
+            self.jailer_ended = Some(Instant::now());
             self.stop_deadline = None;
             // Results that were reported before must count before the tail is asked for.
             self.take_events();
@@ -422,70 +453,4 @@ impl Supervisor {
         let code = self.jailer_status.and_then(|status| status.code());
         code == Some(exit::BAD_INPUT.into()) || code == Some(exit::JAIL_FAILED.into())
     }
-
-    /// Turns all that happened into an exit code, and says why when it is not the command's own.
-    fn conclude(&self) -> u8 {
-        match self.reason {
-            Some(Reason::Timeout) => {
-                say("the time of --timeout is over");
-                return TIMED_OUT;
-            }
-            Some(Reason::BootTimeout) => {
-                say(
-                    "the guest was not ready in the time of --boot-timeout: see its console with --console",
-                );
-                return FAILED;
-            }
-            Some(Reason::MonitorLost) => {
-                say("the monitor ended before the machine, which was ended too");
-                return FAILED;
-            }
-            _ => {}
-        }
-        match self.result {
-            Some(Event::Exited(code) | Event::Failed(code)) => return code,
-            Some(Event::Signaled(signal)) => return exit::by_signal(signal.into()),
-            _ => {}
-        }
-        if let Some(Reason::Signal(signal)) = self.reason {
-            return exit::by_signal(signal as i32);
-        }
-        let status = self.jailer_status.unwrap_or_default();
-        let code = status.code().and_then(|code| u8::try_from(code).ok());
-        if self.bare
-            && matches!(
-                code,
-                Some(exit::GUEST_POWERED_OFF | exit::GUEST_RESET | exit::GUEST_CRASHED)
-            )
-        {
-            return code.unwrap_or(FAILED);
-        }
-        match (code, status.signal()) {
-            // Nothing was started, and the VMM or the jailer has said in one line why: it went through the log.
-            (Some(exit::BAD_INPUT | exit::JAIL_FAILED), _) => {}
-            (Some(exit::GUEST_POWERED_OFF), _) => {
-                say("the guest powered off before the command ended")
-            }
-            (Some(exit::GUEST_RESET), _) => {
-                say(
-                    "the guest reset itself before the command ended (as after a kernel panic): see --console",
-                );
-            }
-            (Some(exit::GUEST_CRASHED), _) => {
-                say("the guest crashed (triple fault, or an error in KVM)")
-            }
-            (Some(exit::ENDED_BY_HOST), _) => say("the machine was ended from outside"),
-            (Some(exit::SECCOMP_VIOLATION), _) => {
-                say("the VMM was ended: it made a system call that it may not")
-            }
-            (Some(code), _) => say(&format!("the VMM failed with code {code}")),
-            (None, Some(signal)) => say(&format!("the jailer was ended by signal {signal}")),
-            (None, None) => say("the jailer ended in an unknown way"),
-        }
-        FAILED
-    }
-}
-
-fn say(message: &str) {
-    eprintln!("casemate: {message}");
 }

@@ -243,6 +243,64 @@ fn a_timeout_ends_a_bare_machine() {
 }
 
 #[test]
+fn nobody_reads_what_is_said_and_still_all_is_cleaned_up() {
+    let casemate = Casemate::new();
+    let id = unique_id("deaf");
+    let kernel = bin("casemate-probe");
+    let words = ["run", "--bare", "--id", &id, "--append", "idle acpi=off"];
+    let times = ["--timeout", "1s", "--stop-grace", "1s", "--kernel"];
+    let mut command = casemate.command(&[&words[..], &times].concat());
+    let (reader, writer) = std::io::pipe().unwrap();
+    drop(reader);
+    let null = std::process::Stdio::null;
+    let mut command = command
+        .arg(kernel)
+        .stdin(null())
+        .stdout(null())
+        .stderr(writer)
+        .spawn()
+        .unwrap();
+    assert_eq!(command.wait().unwrap().code(), Some(124));
+    casemate.assert_nothing_of(&id);
+}
+
+#[test]
+fn a_reader_that_is_stuck_does_not_outlast_the_timeout() {
+    let casemate = Casemate::new();
+    let id = unique_id("stuck");
+    let kernel = bin("casemate-probe");
+    let words = [
+        "run",
+        "--bare",
+        "--id",
+        &id,
+        "--append",
+        "acpi=off probe.end=reset",
+    ];
+    let times = ["--timeout", "2s", "--kernel"];
+    let mut command = casemate.command(&[&words[..], &times].concat());
+    // A pipe that is full, and never read.
+    let (reader, mut writer) = std::io::pipe().unwrap();
+    let full = std::thread::spawn({
+        let mut writer = writer.try_clone().unwrap();
+        move || while std::io::Write::write(&mut writer, &[b'x'; 4096]).is_ok() {}
+    });
+    std::thread::sleep(std::time::Duration::from_millis(200));
+    let null = std::process::Stdio::null;
+    command.arg(kernel).stdin(null()).stderr(null());
+    let started = std::time::Instant::now();
+    let mut run = command.stdout(writer.try_clone().unwrap()).spawn().unwrap();
+    drop(command);
+    assert_eq!(run.wait().unwrap().code(), Some(124));
+    assert!(started.elapsed().as_secs() < 15, "{:?}", started.elapsed());
+    casemate.assert_nothing_of(&id);
+    drop(reader);
+    let _ = std::io::Write::flush(&mut writer);
+    drop(writer);
+    full.join().unwrap();
+}
+
+#[test]
 fn the_confinement_of_nobody() {
     for id in ["nobody", "../etc", ""] {
         let done = Casemate::new()
