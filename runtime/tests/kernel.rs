@@ -226,6 +226,30 @@ fn module(lines: &str) -> Vec<u8> {
 }
 
 #[test]
+fn a_release_that_steers_a_terminal_is_refused_whatever_the_name() {
+    let place = Place::new();
+    let hostile = "./boot/vmlinuz-6.1\x1b[2Jx";
+    let package = place.write("p.deb", &Tar::default().file(hostile, &elf()).package());
+    place.refused(&["--deb", &package, "--name", "harmless"], "release");
+    place.refused(&["--deb", &package], "release");
+}
+
+#[test]
+fn an_unpacker_whose_caller_is_gone_does_nothing() {
+    let place = Place::new();
+    let output = Command::new(env!("CARGO_BIN_EXE_casemate"))
+        .args(["kernel", "jailed", "image", "--parent", "999999999"])
+        .current_dir(place.0.path())
+        .output()
+        .unwrap();
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(
+        !output.status.success() && said.contains("has ended"),
+        "{said}"
+    );
+}
+
+#[test]
 fn needs_root_to_change_identity() {
     let place = Place::new();
     // Where another user can reach them.

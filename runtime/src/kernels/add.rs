@@ -6,6 +6,7 @@ use super::jail::{self, Job, Task, UNPACKER_ID};
 use super::store::{Meta, Store, is_name};
 use super::unpack::Image;
 use super::{Error, deb};
+use crate::say;
 use nix::unistd::{Gid, Uid, fchown, geteuid};
 use sha2::{Digest, Sha256};
 use std::fs::{self, File, OpenOptions, Permissions};
@@ -96,6 +97,10 @@ pub fn add(
     } else {
         add.release.clone()
     };
+    // It is shown to people, whatever the name.
+    if !release.is_empty() && !is_name(&release) {
+        return Err(Error::BadRelease(release));
+    }
     let name = choose_name(name, &release, origin)?;
     if store.has(&name) {
         return Err(Error::Exists(name));
@@ -195,9 +200,13 @@ fn file_digest(mut file: File) -> io::Result<[u8; 32]> {
 
 /// Opens a regular file; anything else could hang or never end.
 fn open(path: &Path) -> Result<File, Error> {
+    open_with(path, 0)
+}
+
+fn open_with(path: &Path, flags: i32) -> Result<File, Error> {
     let file = OpenOptions::new()
         .read(true)
-        .custom_flags(libc::O_NONBLOCK)
+        .custom_flags(libc::O_NONBLOCK | flags)
         .open(path)
         .map_err(|error| Error::io("open", path, error))?;
     match file.metadata() {
@@ -281,7 +290,7 @@ impl Adding<'_> {
                 let mut kernel = false;
                 for path in paths {
                     let name = path.display().to_string();
-                    eprintln!("casemate: unpacking {name}");
+                    say::warn(format_args!("unpacking {name}"));
                     let contents: deb::Contents =
                         jail::run(self.task(Job::Package, open(path)?, &name))?;
                     kernel |= contents.kernel;
@@ -311,11 +320,11 @@ impl Adding<'_> {
     /// Copies modules without looking into them.
     fn copy_modules(&self, directory: &Path) -> Result<(), Error> {
         let files = module_files(directory)?;
-        eprintln!(
-            "casemate: copying {} files from {}",
+        say::warn(format_args!(
+            "copying {} files from {}",
             files.len(),
             directory.display()
-        );
+        ));
         let target = self.work.join("modules");
         for file in files {
             let (from, to) = (directory.join(&file), target.join(&file));
@@ -355,7 +364,12 @@ impl Adding<'_> {
                 .unwrap_or_default(),
             Origin::File { image, .. } => image.display().to_string(),
         };
-        let mut task = self.task(Job::Image, open(&packed)?, &name);
+        // Where the unpacker has been, a name must be a file's: what a link leads to would be read as root.
+        let flags = match origin {
+            Origin::Packages(_) => libc::O_NOFOLLOW,
+            Origin::File { .. } => 0,
+        };
+        let mut task = self.task(Job::Image, open_with(&packed, flags)?, &name);
         task.output = Some(output);
         jail::run(task)
     }
@@ -363,7 +377,8 @@ impl Adding<'_> {
     /// Indexes the modules, if there are any or it is known what is built in.
     fn index(&self, name: &str) -> Result<Option<Index>, Error> {
         let modules = self.work.join("modules");
-        if !modules.is_dir() {
+        // Of the link itself, should it be one.
+        if !fs::symlink_metadata(&modules).is_ok_and(|data| data.is_dir()) {
             return Ok(None);
         }
         let files = module_files(&modules)?;

@@ -3,6 +3,7 @@
 use super::add::{Origin, add};
 use super::store::Store;
 use super::{Error, jail};
+use crate::say;
 use clap::{Parser, Subcommand};
 use serde::Serialize;
 use std::ffi::OsString;
@@ -64,6 +65,9 @@ enum KernelCommand {
     #[command(hide = true)]
     Jailed {
         job: jail::Job,
+        /// Who waits for the result.
+        #[arg(long)]
+        parent: i32,
         #[arg(long, value_name = "WALL", value_parser = ["landlock"])]
         allow_missing: Vec<String>,
     },
@@ -87,7 +91,7 @@ pub fn cli(args: &[OsString]) -> Result<(), Error> {
     let cli = match KernelCli::try_parse_from(words) {
         Ok(cli) => cli,
         Err(error) if !error.use_stderr() => {
-            print!("{error}");
+            say::line(error.to_string().trim_end());
             return Ok(());
         }
         Err(error) => {
@@ -121,7 +125,7 @@ pub fn cli(args: &[OsString]) -> Result<(), Error> {
             } else {
                 "registered"
             };
-            println!("kernel {} {what}", added.name);
+            say::line(format_args!("kernel {} {what}", added.name));
         }
         KernelCommand::Ls { json } => list(&store, json)?,
         KernelCommand::Rm { name } => {
@@ -132,10 +136,14 @@ pub fn cli(args: &[OsString]) -> Result<(), Error> {
             let _lock = store.lock()?;
             store.set_default(&name)?;
         }
-        KernelCommand::Default { name: None } => println!("{}", store.default_name()?),
-        KernelCommand::Jailed { job, allow_missing } => {
+        KernelCommand::Default { name: None } => say::line(store.default_name()?),
+        KernelCommand::Jailed {
+            job,
+            parent,
+            allow_missing,
+        } => {
             // A process of its own: its exit code is its answer.
-            let done = jail::child(job, !allow_missing.is_empty());
+            let done = jail::child(job, parent, !allow_missing.is_empty());
             std::process::exit(i32::from(!done));
         }
     }
@@ -158,23 +166,28 @@ fn list(store: &Store, json: bool) -> Result<(), Error> {
     }
     if json {
         let text = serde_json::to_string_pretty(&lines).unwrap_or_default();
-        println!("{text}");
+        say::line(text);
         return Ok(());
     }
-    println!(
+    say::line(format_args!(
         "{:<28} {:<28} {:>7} {:>8}  SOURCE",
         "NAME", "RELEASE", "MODULES", "SIZE"
-    );
+    ));
     for line in lines {
         let modules = line.modules.map_or("-".into(), |count| count.to_string());
         let mark = if line.default { " *" } else { "" };
-        println!(
+        say::line(format_args!(
             "{:<28} {:<28} {modules:>7} {:>4} MiB  {}",
             format!("{}{mark}", line.name),
-            line.release,
+            shown(&line.release),
             line.size >> 20,
-            line.source
-        );
+            shown(&line.source)
+        ));
     }
     Ok(())
+}
+
+/// Without what could steer a terminal: a package or a path said it.
+fn shown(text: &str) -> String {
+    text.chars().filter(|c| !c.is_control()).collect()
 }

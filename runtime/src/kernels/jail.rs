@@ -6,17 +6,22 @@
 //! what it says when it fails goes through [`plain`] before it reaches a terminal.
 
 use super::{Error, unpack};
+use crate::say;
+use caps::CapSet;
 use casemate_seccomp_filters::{EXIT_VIOLATION, Role, Stage, install, install_violation_reporter};
 use landlock::{
     ABI, Access, AccessFs, BitFlags, CompatLevel, Compatible, PathBeneath, PathFd, Ruleset,
     RulesetAttr, RulesetCreatedAttr, RulesetStatus,
 };
+use nix::sys::personality::{self, Persona};
+use nix::sys::prctl;
 use nix::sys::resource::{Resource, setrlimit};
-use nix::unistd::{Gid, Uid, close, setgroups, setresgid, setresuid};
+use nix::sys::signal::Signal;
+use nix::unistd::{Gid, Uid, close, getppid, setgroups, setresgid, setresuid};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use std::fs::File;
-use std::io::{IsTerminal, Read, Seek, Write};
+use std::io::{IsTerminal, Read, Seek};
 use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
 use std::process::{Command, ExitStatus, Stdio};
@@ -76,6 +81,7 @@ pub fn run<T: DeserializeOwned>(mut task: Task) -> Result<T, Error> {
     let mut command = Command::new("/proc/self/exe");
     command
         .args(["kernel", "jailed", &job])
+        .args(["--parent", &std::process::id().to_string()])
         .env_clear()
         .current_dir(task.directory);
     if task.allow_missing_landlock {
@@ -173,56 +179,82 @@ impl<'a> Progress<'a> {
         // The child reads through the same open file description, so its position is ours.
         if let Ok(position) = input.stream_position() {
             let percent = position.saturating_mul(100) / self.size.max(1);
-            eprint!("\r{}: unpacking, {percent} % ", self.name);
-            let _ = std::io::stderr().flush();
+            say::error_text(format_args!("\r{}: unpacking, {percent} % ", self.name));
             self.shown = true;
         }
     }
 
     fn clear(&self) {
         if self.shown {
-            eprint!("\r\x1b[K");
+            say::error_text("\r\x1b[K");
         }
     }
 }
 
 /// The child: confines itself, does its job, says what came of it. False when it failed.
-pub fn child(job: Job, allow_missing_landlock: bool) -> bool {
-    let result = enter(job, allow_missing_landlock).and_then(|streams| match job {
+pub fn child(job: Job, parent: i32, allow_missing_landlock: bool) -> bool {
+    let result = enter(job, parent, allow_missing_landlock).and_then(|streams| match job {
         Job::Package => unpack::package(streams).and_then(say),
         Job::Image => unpack::image(streams).and_then(say),
         Job::Index => unpack::index(streams).and_then(say),
     });
     if let Err(message) = &result {
-        eprintln!("{message}");
+        say::error_text(format_args!("{message}\n"));
     }
     result.is_ok()
 }
 
 fn say(result: impl Serialize) -> Result<(), String> {
     let text = serde_json::to_string(&result).map_err(|error| error.to_string())?;
-    eprintln!("{text}");
+    say::error_text(format_args!("{text}\n"));
     Ok(())
 }
 
 /// Puts this process into its jail. Nothing has been read yet.
-fn enter(job: Job, allow_missing_landlock: bool) -> Result<unpack::Streams, String> {
+fn enter(job: Job, parent: i32, allow_missing_landlock: bool) -> Result<unpack::Streams, String> {
     close_inherited();
     let streams = unpack::Streams::take().map_err(|error| format!("standard streams: {error}"))?;
     for (resource, limit) in [
         (Resource::RLIMIT_AS, MAX_MEMORY),
         (Resource::RLIMIT_FSIZE, MAX_FILE),
-        (Resource::RLIMIT_CORE, 0),
+        // 1 and not 0: only 1 also stops a dump into a program (core(5)).
+        (Resource::RLIMIT_CORE, 1),
         (Resource::RLIMIT_NOFILE, 64),
+        // Should nobody be left to lose his patience.
+        (Resource::RLIMIT_CPU, PATIENCE.as_secs()),
     ] {
         setrlimit(resource, limit, limit).map_err(|errno| format!("set {resource:?}: {errno}"))?;
     }
     let domain = landlock_domain(job)?;
-    // Groups before the user id, while they may still be changed; the change of the user id drops all capabilities.
+    // A caller's `setarch` could take the randomisation of addresses away.
+    personality::set(Persona::empty())
+        .map_err(|errno| format!("reset the personality: {errno}"))?;
+    // The bounding set needs a capability that the change of the user id ends; groups before the user id, while they may
+    // still be changed.
+    let capabilities = |error| format!("drop capabilities: {error}");
+    caps::clear(None, CapSet::Bounding).map_err(capabilities)?;
     let (uid, gid) = (Uid::from_raw(UNPACKER_ID), Gid::from_raw(UNPACKER_ID));
     setgroups(&[]).map_err(|errno| format!("drop groups: {errno}"))?;
     setresgid(gid, gid, gid).map_err(|errno| format!("change the group id: {errno}"))?;
     setresuid(uid, uid, uid).map_err(|errno| format!("change the user id: {errno}"))?;
+    for set in [
+        CapSet::Ambient,
+        CapSet::Inheritable,
+        CapSet::Effective,
+        CapSet::Permitted,
+    ] {
+        caps::clear(None, set).map_err(capabilities)?;
+        if !caps::read(None, set).map_err(capabilities)?.is_empty() {
+            return Err(format!("drop capabilities: {set:?} ones are left"));
+        }
+    }
+    prctl::set_dumpable(false).map_err(|errno| format!("forbid dumps: {errno}"))?;
+    // After the change of the user id, which clears it: whoever waits for the result may be killed.
+    prctl::set_pdeathsig(Signal::SIGKILL)
+        .map_err(|errno| format!("die with the parent: {errno}"))?;
+    if getppid().as_raw() != parent {
+        return Err("whoever started the unpacker has ended".into());
+    }
     install_violation_reporter().map_err(|error| error.to_string())?;
     let status = domain
         .restrict_self()

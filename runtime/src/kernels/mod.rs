@@ -66,6 +66,9 @@ pub enum Error {
     /// Not a name.
     #[error("kernel name {0:?}: use 1-64 of [A-Za-z0-9._+-], beginning with a letter or digit")]
     BadName(String),
+    /// The package or image calls itself what no kernel is called.
+    #[error("the kernel's release is {0:?}, which is none: 1-64 of [A-Za-z0-9._+-] are expected")]
+    BadRelease(String),
     /// A file or directory could not be used.
     #[error("{what} {path}: {source}")]
     Io {
