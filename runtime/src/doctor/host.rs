@@ -2,6 +2,9 @@
 
 use std::path::PathBuf;
 
+use rustix::io::Errno;
+use rustix::process::getpid;
+use rustix::thread::{CoreSchedulingScope, core_scheduling_cookie};
 use serde::Serialize;
 
 use super::{Finding, Level};
@@ -66,16 +69,6 @@ impl Root {
             .map(|(_, flags)| flags.split_whitespace().map(str::to_string).collect())
             .unwrap_or_default()
     }
-
-    /// A setting of the running kernel's build, where the distribution keeps it.
-    pub fn kernel_config(&self, key: &str) -> Option<bool> {
-        let release = self.read("/proc/sys/kernel/osrelease")?;
-        let config = self
-            .read(&format!("/boot/config-{release}"))
-            .or_else(|| self.read(&format!("/lib/modules/{release}/config")))?;
-        let wanted = format!("{key}=y");
-        Some(config.lines().any(|line| line == wanted))
-    }
 }
 
 /// What was found out about the processors.
@@ -83,15 +76,21 @@ impl Root {
 pub struct CpuFacts {
     /// Two threads of a core run at once.
     smt_active: bool,
-    /// The kernel can keep strangers off a core's other thread; absent when unknown.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    core_scheduling: Option<bool>,
+    /// The kernel can keep strangers off a core's other thread.
+    core_scheduling: bool,
     /// Names of the vulnerabilities that the kernel calls vulnerable.
     vulnerable: Vec<String>,
 }
 
+/// Whether the running kernel has core scheduling: it is asked for this thread's cookie.
+pub fn has_core_scheduling() -> bool {
+    let cookie = core_scheduling_cookie(getpid(), CoreSchedulingScope::Thread);
+    // Known, and of no use while no core has two threads.
+    matches!(cookie, Ok(_) | Err(Errno::NODEV))
+}
+
 /// Vulnerabilities, SMT, core scheduling.
-pub fn cpu(root: &Root, findings: &mut Vec<Finding>) -> CpuFacts {
+pub fn cpu(root: &Root, core_scheduling: bool, findings: &mut Vec<Finding>) -> CpuFacts {
     let directory = "/sys/devices/system/cpu/vulnerabilities";
     let names = root.list(directory);
     let vulnerable: Vec<String> = names
@@ -109,6 +108,7 @@ pub fn cpu(root: &Root, findings: &mut Vec<Finding>) -> CpuFacts {
             "the kernel does not say",
             "Whether guests can read across the wall through the processor is unknown.",
         )
+        .mend("a kernel of Linux 4.15 or later, with /sys mounted")
     } else if vulnerable.is_empty() {
         Finding::new(
             "CPU vulnerabilities",
@@ -127,28 +127,37 @@ pub fn cpu(root: &Root, findings: &mut Vec<Finding>) -> CpuFacts {
     });
 
     let smt_active = root.read("/sys/devices/system/cpu/smt/active").as_deref() == Some("1");
-    let core_scheduling = root.kernel_config("CONFIG_SCHED_CORE");
-    findings.push(match (smt_active, core_scheduling) {
-        (false, _) => Finding::new(
+    findings.push(if smt_active {
+        Finding::new(
+            "SMT",
+            Level::Bad,
+            "on",
+            "Two guests may share a core: its caches and buffers can leak between them.",
+        )
+        .mend("echo off > /sys/devices/system/cpu/smt/control")
+    } else {
+        Finding::new(
             "SMT",
             Level::Good,
             "off, or not shown",
             "No stranger shares a core with a guest at the same moment.",
-        ),
-        (true, Some(true)) => Finding::new(
-            "SMT",
+        )
+    });
+    findings.push(if core_scheduling {
+        Finding::new(
+            "core scheduling",
+            Level::Good,
+            "the kernel has it",
+            "Strangers can be kept off a core's other thread; machines do not use it yet, so SMT is as it says above.",
+        )
+    } else {
+        Finding::new(
+            "core scheduling",
             Level::Note,
-            "on; the kernel has core scheduling",
-            "Two guests may share a core: its caches and buffers can leak between them.",
+            "absent",
+            "Where SMT is on, nothing can keep strangers off a core's other thread.",
         )
-        .mend("turn SMT off for strangers' code: echo off > /sys/devices/system/cpu/smt/control"),
-        (true, _) => Finding::new(
-            "SMT",
-            Level::Bad,
-            "on; core scheduling absent or unknown",
-            "Two guests may share a core: its caches and buffers can leak between them.",
-        )
-        .mend("echo off > /sys/devices/system/cpu/smt/control, or a kernel with CONFIG_SCHED_CORE"),
+        .mend("a kernel with CONFIG_SCHED_CORE (Linux 5.14 or later)")
     });
     CpuFacts {
         smt_active,
@@ -184,13 +193,13 @@ mod tests {
             (&format!("{base}/smt/active"), "1\n"),
         ]);
         let mut findings = Vec::new();
-        let facts = cpu(&root, &mut findings);
+        let facts = cpu(&root, false, &mut findings);
         assert_eq!(facts.vulnerable, ["mds"]);
         assert!(facts.smt_active);
         assert!(
             findings
                 .iter()
-                .all(|finding| finding.level == Level::Bad && finding.mend.is_some())
+                .all(|finding| finding.level != Level::Good && finding.mend.is_some())
         );
     }
 

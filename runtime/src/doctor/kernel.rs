@@ -112,7 +112,8 @@ pub fn namespaces(root: &Root, findings: &mut Vec<Finding>) -> Vec<String> {
                 Level::Note,
                 "not available",
                 "Not needed by machines that root starts.",
-            ),
+            )
+            .mend("if other programs need them: a kernel with CONFIG_USER_NS, and user.max_user_namespaces above 0"),
             _ => Finding::new(
                 "user namespaces",
                 Level::Good,

@@ -65,7 +65,7 @@ pub fn collect(root: &Root, findings: &mut Vec<Finding>) -> KvmFacts {
             Level::Bad,
             found.clone(),
             "This is not the KVM of a Linux of this age.",
-        ));
+        ).mend("a kernel of Linux 2.6.22 or later with its own kvm module, and nothing else at /dev/kvm"));
         facts.error = Some(found);
         return facts;
     }

@@ -29,16 +29,19 @@ pub fn collect(root: &Root, findings: &mut Vec<Finding>) -> MemoryFacts {
     let pool = "/sys/kernel/mm/hugepages/hugepages-2048kB";
     let huge_pages_total = number(&format!("{pool}/nr_hugepages"));
     let huge_pages_free = number(&format!("{pool}/free_hugepages"));
-    findings.push(Finding::new(
-        "huge pages",
-        if huge_pages_total > 0 {
-            Level::Good
-        } else {
-            Level::Note
-        },
-        format!("{huge_pages_free} of {huge_pages_total} reserved pages of 2 MiB are free"),
-        "Reserved huge pages make guests' memory faster; nothing needs them yet.",
-    ));
+    let huge = |level| {
+        Finding::new(
+            "huge pages",
+            level,
+            format!("{huge_pages_free} of {huge_pages_total} reserved pages of 2 MiB are free"),
+            "Reserved huge pages make guests' memory faster; nothing needs them yet.",
+        )
+    };
+    findings.push(if huge_pages_total > 0 {
+        huge(Level::Good)
+    } else {
+        huge(Level::Note).mend(&format!("echo NUMBER > {pool}/nr_hugepages"))
+    });
 
     let modes = root
         .read("/sys/kernel/mm/transparent_hugepage/enabled")

@@ -87,7 +87,7 @@ impl Report {
         let userfaultfd = kernel::userfaultfd(&root, &mut findings);
         let tools = tools::collect(&root, &mut findings);
         let memory = memory::collect(&root, &mut findings);
-        let cpu = host::cpu(&root, &mut findings);
+        let cpu = host::cpu(&root, host::has_core_scheduling(), &mut findings);
         Self {
             kvm,
             landlock,
@@ -124,4 +124,28 @@ pub fn run(json: bool) -> std::io::Result<()> {
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_not_good_can_be_mended() {
+        // As on a host that has nothing, and on this one.
+        let empty = tempfile::tempdir().unwrap();
+        let root = host::Root::at(empty.path());
+        let mut findings = Report::collect().findings;
+        kernel::namespaces(&root, &mut findings);
+        kernel::cgroup(&root, &mut findings);
+        kernel::userfaultfd(&root, &mut findings);
+        memory::collect(&root, &mut findings);
+        host::cpu(&root, false, &mut findings);
+        let without: Vec<&str> = findings
+            .iter()
+            .filter(|finding| finding.level != Level::Good && finding.mend.is_none())
+            .map(|finding| finding.subject)
+            .collect();
+        assert_eq!(without, Vec::<&str>::new());
+    }
 }
