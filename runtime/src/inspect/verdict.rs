@@ -19,6 +19,8 @@ pub struct Verdict {
 
 /// Namespaces that a VMM must have of its own.
 const OWN: [&str; 6] = ["cgroup", "ipc", "mnt", "net", "pid", "uts"];
+/// Those that its broker is in, too.
+const SHARED: [&str; 5] = ["cgroup", "ipc", "mnt", "net", "uts"];
 /// Filters over each of the VMM's threads: that of its set-up, and that of its sealed state above it.
 const SEALED: u32 = 2;
 
@@ -51,8 +53,16 @@ pub fn judge(processes: &[Process], cgroups: &[Cgroup]) -> Vec<Verdict> {
             format!("{name}: a user and group of its own, not root"),
             wrong,
         ));
-        if process.role == Role::Vmm {
-            vmm(process, cgroups, &mut verdicts);
+        match process.role {
+            Role::Vmm => {
+                walls(name, process, &OWN, &mut verdicts);
+                let held = directories(process);
+                verdicts.push(verdict("VMM: no descriptor of a directory", held));
+                limits(cgroups, &mut verdicts);
+            }
+            // Outside the VMM's PID namespace, as its first process's parent; it holds the directories that it opens in.
+            Role::Broker => walls(name, process, &SHARED, &mut verdicts),
+            Role::Monitor => {}
         }
     }
     verdicts
@@ -82,13 +92,13 @@ fn threads(name: &str, process: &Process, verdicts: &mut Vec<Verdict>) {
     ));
 }
 
-fn vmm(process: &Process, cgroups: &[Cgroup], verdicts: &mut Vec<Verdict>) {
-    let shared = OWN
-        .into_iter()
-        .filter(|kind| process.namespaces.get(*kind) != Some(&true))
+fn walls(name: &str, process: &Process, own: &[&str], verdicts: &mut Vec<Verdict>) {
+    let shared = own
+        .iter()
+        .filter(|kind| process.namespaces.get(**kind) != Some(&true))
         .map(|kind| format!("{kind} is the host's"))
         .collect();
-    verdicts.push(verdict("VMM: namespaces of its own", shared));
+    verdicts.push(verdict(format!("{name}: namespaces of its own"), shared));
 
     let mut wrong = Vec::new();
     if !process.root.own {
@@ -103,16 +113,22 @@ fn vmm(process: &Process, cgroups: &[Cgroup], verdicts: &mut Vec<Verdict>) {
             wrong.push(format!("not mounted {flag}"));
         }
     }
-    verdicts.push(verdict("VMM: an empty root that cannot be written", wrong));
+    verdicts.push(verdict(
+        format!("{name}: an empty root that cannot be written"),
+        wrong,
+    ));
+}
 
-    let directories = process
+fn directories(process: &Process) -> Vec<String> {
+    process
         .descriptors
         .iter()
         .filter(|descriptor| descriptor.directory)
         .map(|descriptor| format!("{} is {}", descriptor.number, descriptor.what))
-        .collect();
-    verdicts.push(verdict("VMM: no descriptor of a directory", directories));
+        .collect()
+}
 
+fn limits(cgroups: &[Cgroup], verdicts: &mut Vec<Verdict>) {
     let limited: Vec<&str> = cgroups.iter().flat_map(Cgroup::limited).collect();
     let missing = ["memory", "pids", "cpu"]
         .into_iter()
@@ -123,4 +139,145 @@ fn vmm(process: &Process, cgroups: &[Cgroup], verdicts: &mut Vec<Verdict>) {
         "VMM: limits of memory, tasks and processor time",
         missing,
     ));
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use super::super::process::{Capabilities, Descriptor, Root, Thread};
+    use super::*;
+
+    /// A process behind every wall that its role has.
+    fn process(role: Role) -> Process {
+        let own = |kind: &str| role == Role::Vmm || kind != "pid";
+        Process {
+            role,
+            pid: 7,
+            uids: vec![900_000; 4],
+            gids: vec![900_000; 4],
+            groups: Vec::new(),
+            uid_map: String::new(),
+            gid_map: String::new(),
+            threads: vec![Thread {
+                tid: 7,
+                name: "it".into(),
+                seccomp_mode: 2,
+                seccomp_filters: if role == Role::Vmm { 2 } else { 1 },
+                no_new_privs: true,
+                capabilities: Capabilities::default(),
+            }],
+            namespaces: OWN.iter().map(|kind| ((*kind).into(), own(kind))).collect(),
+            root: Root {
+                own: true,
+                entries: Vec::new(),
+                mount_flags: "ro,nosuid,nodev,noexec,relatime".into(),
+                fs_type: "tmpfs".into(),
+                mounts: 1,
+            },
+            descriptors: Vec::new(),
+            limits: BTreeMap::new(),
+        }
+    }
+
+    fn cgroup() -> Cgroup {
+        let limits = [("memory.max", "1"), ("pids.max", "1"), ("cpu.max", "1 1")];
+        Cgroup {
+            version: 2,
+            controllers: String::new(),
+            path: "/casemate/x".into(),
+            limits: limits.map(|(file, value)| (file, value.into())).into(),
+        }
+    }
+
+    /// The walls that do not hold.
+    fn broken(process: Process, cgroup: Cgroup) -> Vec<String> {
+        let verdicts = judge(&[process], &[cgroup]);
+        let broken = verdicts.into_iter().filter(|verdict| !verdict.holds);
+        broken.map(|verdict| verdict.wall).collect()
+    }
+
+    type Break = fn(&mut Process);
+
+    #[test]
+    fn each_broken_wall_is_called_broken_and_no_other() {
+        let all: [(&str, Break); 8] = [
+            ("seccomp", |process| process.threads[0].seccomp_mode = 0),
+            ("seccomp", |process| process.threads[0].seccomp_filters -= 1),
+            ("no_new_privs", |process| {
+                process.threads[0].no_new_privs = false
+            }),
+            ("capability", |process| {
+                process.threads[0].capabilities.effective = 1
+            }),
+            ("capability", |process| {
+                process.threads[0].capabilities.bounding = 1
+            }),
+            ("not root", |process| process.uids[1] = 0),
+            ("not root", |process| process.gids[2] = 0),
+            ("not root", |process| process.uids.clear()),
+        ];
+        let jailed: [(&str, Break); 7] = [
+            ("namespaces", |process| {
+                let _ = process.namespaces.insert("net".into(), false);
+            }),
+            ("namespaces", |process| {
+                let _ = process.namespaces.remove("mnt");
+            }),
+            ("root", |process| process.root.own = false),
+            ("root", |process| process.root.entries.push("etc".into())),
+            ("root", |process| {
+                process.root.mount_flags = "rw,nosuid,nodev,noexec".into()
+            }),
+            ("root", |process| {
+                process.root.mount_flags = "ro,nodev,noexec".into()
+            }),
+            ("root", |process| process.root.mount_flags.clear()),
+        ];
+        for role in [Role::Vmm, Role::Broker, Role::Monitor] {
+            assert_eq!(broken(process(role), cgroup()), Vec::<String>::new());
+            let cases = all.iter().chain(if role == Role::Monitor {
+                &[][..]
+            } else {
+                &jailed
+            });
+            for (wall, breaks) in cases {
+                let mut process = process(role);
+                breaks(&mut process);
+                let broken = broken(process, cgroup());
+                assert!(
+                    broken.len() == 1 && broken[0].contains(wall),
+                    "{wall}: {broken:?}"
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn what_only_the_vmm_has() {
+        let mut leaky = process(Role::Vmm);
+        leaky.descriptors.push(Descriptor {
+            number: 5,
+            what: "/etc".into(),
+            access: "r",
+            directory: true,
+        });
+        assert_eq!(
+            broken(leaky, cgroup()),
+            ["VMM: no descriptor of a directory"]
+        );
+        let mut unconfined = process(Role::Vmm);
+        unconfined.namespaces.insert("pid".into(), false);
+        assert_eq!(broken(unconfined, cgroup()), ["VMM: namespaces of its own"]);
+        for (file, none) in [
+            ("memory.max", "max"),
+            ("pids.max", "max"),
+            ("cpu.max", "max 1"),
+        ] {
+            let mut cgroup = cgroup();
+            cgroup.limits.insert(file, none.into());
+            let broken = broken(process(Role::Vmm), cgroup);
+            assert_eq!(broken, ["VMM: limits of memory, tasks and processor time"]);
+        }
+    }
 }
