@@ -235,6 +235,23 @@ fn a_release_that_steers_a_terminal_is_refused_whatever_the_name() {
 }
 
 #[test]
+fn a_kernel_that_lacks_a_driver_is_taken_and_the_driver_named() {
+    let place = Place::new();
+    let builtin = format!("./lib/modules/{RELEASE}/modules.builtin");
+    let tar = Tar::default()
+        .kernel()
+        .file(&builtin, b"kernel/fs/erofs/erofs.ko\n");
+    let package = place.write("p.deb", &tar.package());
+    let done = place.kernel(&["add", "--deb", &package]);
+    assert_eq!(done.code, 0, "{}", done.stderr);
+    assert!(
+        done.stderr.contains("warning: ") && done.stderr.contains("no driver "),
+        "{}",
+        done.stderr
+    );
+}
+
+#[test]
 fn an_unpacker_whose_caller_is_gone_does_nothing() {
     let place = Place::new();
     let output = Command::new(env!("CARGO_BIN_EXE_casemate"))

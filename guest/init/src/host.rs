@@ -23,7 +23,9 @@ pub fn connect(patience: Duration) -> Result<OwnedFd, Error> {
         )
         .map_err(|errno| {
             let why = match errno {
-                Errno::EAFNOSUPPORT => "the kernel has no vsock driver",
+                Errno::EAFNOSUPPORT => {
+                    "the kernel has no driver vsock: register it with its modules"
+                }
                 _ => errno.desc(),
             };
             Error::other(format!("no connection to the host: {why}"))
@@ -34,7 +36,8 @@ pub fn connect(patience: Duration) -> Result<OwnedFd, Error> {
             Err(errno) if Instant::now() >= deadline => {
                 let why = match errno {
                     Errno::ENODEV => {
-                        "the machine has no vsock device, or the kernel no virtio driver for it"
+                        "the kernel has no driver vmw_vsock_virtio_transport or virtio_mmio: register it with its \
+                         modules; or the machine has no vsock device"
                     }
                     _ => errno.desc(),
                 };

@@ -5,7 +5,7 @@ use super::initrd::hex;
 use super::jail::{self, Job, Task, UNPACKER_ID};
 use super::store::{Meta, Store, is_name};
 use super::unpack::Image;
-use super::{Error, deb};
+use super::{Error, Needs, deb};
 use crate::say;
 use nix::unistd::{Gid, Uid, fchown, geteuid};
 use sha2::{Digest, Sha256};
@@ -107,6 +107,15 @@ pub fn add(
     }
     let index = add.index(&source)?;
     let index = add.adopt(index)?;
+    // Said now, and not when somebody wants to run something.
+    if let Some(Err(lack)) = index
+        .as_ref()
+        .map(|index| index.load_order(&name, &Needs::default()))
+    {
+        say::warn(format_args!(
+            "warning: {lack}; no command can be run with it"
+        ));
+    }
     fs::remove_dir_all(&work).map_err(|error| Error::io("remove", &work, error))?;
     fs::set_permissions(staging.path(), Permissions::from_mode(0o755))
         .map_err(|error| Error::io("change the mode of", staging.path(), error))?;
