@@ -11,6 +11,7 @@ use crate::constants;
 const ARGUMENTS: &[(&str, &[&str])] = &[
     ("accept4", &["sockfd", "addr*", "addrlen*", "flags"]),
     ("clone", &["flags*"]),
+    ("fallocate", &["fd", "mode", "offset*", "len*"]),
     ("fcntl", &["fd", "cmd", "arg*"]),
     ("getsockopt", &["sockfd", "level", "optname"]),
     ("ioctl", &["fd", "request", "arg*"]),

@@ -1,6 +1,7 @@
 //! The machine as data: Firecracker's config-file schema, read and validated once, here.
 //!
-//! Three fields are ours: `boot-source.protocol`, `machine-config.pit` and `network-interfaces[].mtu`.
+//! Four fields are ours: `boot-source.protocol`, `machine-config.pit`, `drives[].discard` and
+//! `network-interfaces[].mtu`.
 //! What Firecracker knows and this VMM does not do yet is refused by name, never ignored.
 
 use std::collections::BTreeSet;
@@ -111,6 +112,10 @@ enum IoEngine {
     Async,
 }
 
+fn yes() -> bool {
+    true
+}
+
 /// A block device.
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -130,6 +135,9 @@ pub struct Drive {
     /// When writes are on the disk.
     #[serde(default)]
     pub cache_type: CacheType,
+    /// Whether the guest may give blocks back to the host.
+    #[serde(default = "yes")]
+    pub discard: bool,
     #[serde(default)]
     io_engine: IoEngine,
     rate_limiter: Option<IgnoredAny>,

@@ -227,6 +227,7 @@ fn virtio_devices(
                 CacheType::Unsafe => virtio::CacheType::Unsafe,
                 CacheType::Writeback => virtio::CacheType::Writeback,
             },
+            discard: drive.discard,
         })?));
     }
     for (network, tap) in config.network_interfaces.iter().zip(taps) {

@@ -79,3 +79,33 @@ fn several_drives_keep_apart() {
     done.assert_line("probe: drive c sectors 32 read-only true");
     done.assert_line("probe: blk ok");
 }
+
+#[test]
+fn gives_sectors_back_to_the_host() {
+    for jailed in [false, true] {
+        let dir = tempfile::tempdir().unwrap();
+        let disk = dir.path().join("disk");
+        pattern_disk(&disk, 64).unwrap();
+        let mut before = std::fs::read(&disk).unwrap();
+        let mut vm = Vm::probe("probe.task=blk probe.discard=1").drive("data", &disk, false);
+        if !jailed {
+            vm = vm.unjailed();
+        }
+        vm.run().unwrap().assert_line("probe: blk ok");
+        before[..1024].fill(0);
+        assert!(std::fs::read(&disk).unwrap() == before);
+    }
+}
+
+#[test]
+fn a_drive_that_shall_keep_its_blocks_takes_no_discard() {
+    let dir = tempfile::tempdir().unwrap();
+    let disk = dir.path().join("disk");
+    pattern_disk(&disk, 64).unwrap();
+    let done = Vm::probe("probe.task=blk probe.discard=1")
+        .drive("data", &disk, false)
+        .set("/drives/0/discard", serde_json::json!(false))
+        .run()
+        .unwrap();
+    done.assert_line("probe: blk FAIL: the drive takes no discard");
+}

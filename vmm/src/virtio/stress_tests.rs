@@ -287,6 +287,7 @@ fn no_guest_and_no_host_can_break_the_devices() {
         file: disk,
         read_only: false,
         cache: CacheType::Writeback,
+        discard: true,
     };
     let (net, mut tap) = net::tests::fake();
     let vsock = vsock::testing::reachable(UnixListener::bind(&path).unwrap());

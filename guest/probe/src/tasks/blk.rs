@@ -1,5 +1,6 @@
 //! `blk`: reads a drive that holds [`pattern`] and verifies it; with `probe.write=1` also writes
-//! the inverted pattern to the last sector, flushes, and reads it back. `probe.drive=N` picks one.
+//! the inverted pattern to the last sector, flushes, and reads it back; with `probe.discard=1` discards
+//! the first sector, has the second one zeroed, and finds both zero. `probe.drive=N` picks one.
 
 use super::Failure;
 use crate::cmdline::Cmdline;
@@ -9,6 +10,9 @@ use crate::virtio::{Buffer, Device};
 const BLOCK: u32 = 2;
 const F_RO: u64 = 1 << 5;
 const F_FLUSH: u64 = 1 << 9;
+const F_DISCARD: u64 = 1 << 13;
+const F_WRITE_ZEROES: u64 = 1 << 14;
+const FEATURES: u64 = F_RO | F_FLUSH | F_DISCARD | F_WRITE_ZEROES;
 const SECTOR: usize = 512;
 const AT_ONCE: usize = 16;
 
@@ -16,6 +20,8 @@ const IN: u32 = 0;
 const OUT: u32 = 1;
 const FLUSH: u32 = 4;
 const GET_ID: u32 = 8;
+const DISCARD: u32 = 11;
+const WRITE_ZEROES: u32 = 13;
 
 const OK: u8 = 0;
 const IO_ERROR: u8 = 1;
@@ -47,7 +53,8 @@ impl Drive {
 
 pub fn run(cmdline: &Cmdline) -> Result<(), Failure> {
     let index = cmdline.number("probe.drive").unwrap_or(0) as usize;
-    let device = Device::find(cmdline, BLOCK, index, F_RO | F_FLUSH)?;
+    let device = Device::find(cmdline, BLOCK, index, FEATURES)?;
+    let can_discard = device.features() & (F_DISCARD | F_WRITE_ZEROES) != 0;
     let read_only = device.features() & F_RO != 0;
     let queue = device.queue(0, 0)?;
     device.finish()?;
@@ -89,6 +96,28 @@ pub fn run(cmdline: &Cmdline) -> Result<(), Failure> {
     if cmdline.number("probe.write") == Some(1) {
         let last = sectors.checked_sub(1).ok_or("the drive is empty")?;
         write_and_read_back(&mut drive, last, read_only)?;
+    }
+    if cmdline.number("probe.discard") == Some(1) {
+        if !can_discard {
+            return Err("the drive takes no discard");
+        }
+        deallocate(&mut drive, DISCARD, 0)?;
+        deallocate(&mut drive, WRITE_ZEROES, 1)?;
+    }
+    Ok(())
+}
+
+/// Has one sector discarded or zeroed, and finds it zero.
+fn deallocate(drive: &mut Drive, kind: u32, sector: u64) -> Result<(), Failure> {
+    let mut range = [0u8; 16];
+    range[..8].copy_from_slice(&sector.to_le_bytes());
+    range[8] = 1;
+    if drive.request(kind, 0, Some(Buffer::out(&range)))? != OK {
+        return Err("a discard or write-zeroes failed");
+    }
+    let mut read = [0xffu8; SECTOR];
+    if drive.request(IN, sector, Some(Buffer::into(&mut read)))? != OK || read != [0; SECTOR] {
+        return Err("what was given back does not read as zeros");
     }
     Ok(())
 }

@@ -1,5 +1,7 @@
 //! The block device (virtio 1.2, section 5.2): a file or block device of the host as a disk.
 
+mod discard;
+
 use std::fs::File;
 use std::io::{self, Seek as _, SeekFrom};
 use std::os::fd::AsFd as _;
@@ -9,6 +11,7 @@ use log::{log, warn};
 use thiserror::Error;
 use vm_memory::Permissions;
 
+use self::discard::{Kind, RANGE_LEN, Range};
 use super::chain::{self, Chain};
 use super::device::{
     self, DeviceIo, DeviceType, Event, LogBudget, Queues, Traits, VirtioDevice, states,
@@ -29,6 +32,8 @@ const F_SIZE_MAX: u64 = 1 << 1;
 const F_SEG_MAX: u64 = 1 << 2;
 const F_RO: u64 = 1 << 5;
 const F_FLUSH: u64 = 1 << 9;
+const F_DISCARD: u64 = 1 << 13;
+const F_WRITE_ZEROES: u64 = 1 << 14;
 
 /// Most data buffers in a request: the queue's size less header and status.
 const SEG_MAX: u32 = 254;
@@ -41,11 +46,16 @@ const T_IN: u32 = 0;
 const T_OUT: u32 = 1;
 const T_FLUSH: u32 = 4;
 const T_GET_ID: u32 = 8;
+const T_DISCARD: u32 = 11;
+const T_WRITE_ZEROES: u32 = 13;
 
 /// Length of the answer to GET_ID.
 const ID_LEN: usize = 20;
 /// Type, a reserved word, and the sector.
 const HEADER_LEN: u64 = 16;
+/// Of the configuration (section 5.2.4), what lies between `seg_max` and `max_discard_sectors`: geometry,
+/// block size, topology, write-back, queues. Features that are not offered govern them all.
+const UNUSED_CONFIG: [u8; 20] = [0; 20];
 
 const S_OK: u8 = 0;
 const S_IOERR: u8 = 1;
@@ -73,6 +83,8 @@ pub struct BlockOptions {
     pub read_only: bool,
     /// What a flush means.
     pub cache: CacheType,
+    /// Whether the guest may give parts of it back to the host, where the host can take them.
+    pub discard: bool,
 }
 
 /// Why a drive could not be made.
@@ -107,6 +119,8 @@ struct Disk {
     read_only: bool,
     cache: CacheType,
     sectors: u64,
+    /// Whether discard and write-zeroes are offered.
+    discard: bool,
     failures: LogBudget,
 }
 
@@ -121,6 +135,7 @@ impl Block {
             mut file,
             read_only,
             cache,
+            discard,
         } = options;
         let size = |source| Error::Size {
             id: id.clone(),
@@ -145,10 +160,11 @@ impl Block {
         Ok(Self {
             disk: Disk {
                 id: serial,
-                file,
                 read_only,
                 cache,
                 sectors: len / SECTOR,
+                discard: discard && !read_only && discard::is_possible(&file, len),
+                file,
                 failures: LogBudget::default(),
             },
             running: None,
@@ -166,6 +182,9 @@ impl VirtioDevice for Block {
         if self.disk.cache == CacheType::Writeback {
             features |= F_FLUSH;
         }
+        if self.disk.discard {
+            features |= F_DISCARD | F_WRITE_ZEROES;
+        }
         Traits {
             device_type: DeviceType::Block,
             features,
@@ -179,6 +198,15 @@ impl VirtioDevice for Block {
             &self.disk.sectors.to_le_bytes()[..],
             &SIZE_MAX.to_le_bytes(),
             &SEG_MAX.to_le_bytes(),
+            &UNUSED_CONFIG,
+            &discard::MAX_DISCARD.to_le_bytes(),
+            &discard::MAX_RANGES.to_le_bytes(),
+            // Any sector may begin a range.
+            &1u32.to_le_bytes(),
+            &discard::MAX_ZEROES.to_le_bytes(),
+            &discard::MAX_RANGES.to_le_bytes(),
+            // Zeros may take no room, if the guest says so.
+            &[1, 0, 0, 0],
         ]
         .concat()
     }
@@ -283,8 +311,37 @@ impl Disk {
                 Ok(ID_LEN as u64)
             }
             T_GET_ID => Err(S_IOERR),
+            T_DISCARD if self.discard => self.deallocate(memory, chain, Kind::Discard),
+            T_WRITE_ZEROES if self.discard => self.deallocate(memory, chain, Kind::Zeroes),
             _ => Err(S_UNSUPP),
         }
+    }
+
+    /// Discards or zeroes the ranges that a request lists. All of them are checked before any is
+    /// touched.
+    fn deallocate(&mut self, memory: &GuestMemory, chain: &Chain, kind: Kind) -> Result<u64, u8> {
+        const MOST: usize = discard::MAX_RANGES as usize * RANGE_LEN;
+        let len = chain.readable_len().saturating_sub(HEADER_LEN);
+        let len = usize::try_from(len).map_err(|_| S_IOERR)?;
+        let mut list = [0; MOST];
+        let list = list.get_mut(..len).ok_or(S_IOERR)?;
+        chain
+            .read_at(memory, HEADER_LEN, list)
+            .map_err(|_| S_IOERR)?;
+        let (ranges, rest) = list.as_chunks::<RANGE_LEN>();
+        if ranges.is_empty() || !rest.is_empty() {
+            return Err(S_IOERR);
+        }
+        let ranges = ranges.iter();
+        let ranges: Vec<Range> = ranges
+            .map(|range| Range::parse(*range, kind, self.sectors))
+            .collect::<Result<_, _>>()?;
+        for range in ranges {
+            range
+                .apply(kind, &self.file)
+                .map_err(|error| self.failed(&error))?;
+        }
+        Ok(0)
     }
 
     fn failed(&mut self, error: &io::Error) -> u8 {

@@ -16,6 +16,7 @@ fn options(sectors: u64) -> BlockOptions {
         file,
         read_only: false,
         cache: CacheType::Writeback,
+        discard: true,
     }
 }
 
@@ -149,7 +150,7 @@ fn flush_exists_only_with_a_cache() {
     let mut rig = rig(options);
     assert_eq!(rig.device.traits().features & F_FLUSH, 0);
     assert_eq!(request(&mut rig, T_FLUSH, 0, &[]), (S_UNSUPP, 1));
-    for kind in [2, 3, 11, 13, u32::MAX] {
+    for kind in [2, 3, 14, u32::MAX] {
         assert_eq!(request(&mut rig, kind, 0, &[]), (S_UNSUPP, 1));
     }
 }
@@ -281,10 +282,140 @@ fn what_a_guest_writes_to_its_disk_never_changes_what_the_disk_is() {
         file: File::open(path).unwrap(),
         read_only: true,
         cache: CacheType::Unsafe,
+        discard: true,
     };
     let mut rig = Rig::new(Block::new(again).unwrap());
     assert_eq!(rig.device.config()[..8], 4_u64.to_le_bytes());
     let read = request(&mut rig, T_IN, 0, &[(BUFFER, 512, true)]);
     assert_eq!(read, (S_OK, 513));
     assert_eq!(rig.drivers[0].get(BUFFER, 512), header);
+}
+
+/// One range of a discard or a write-zeroes request.
+fn range(sector: u64, count: u32, flags: u32) -> Vec<u8> {
+    [
+        &sector.to_le_bytes()[..],
+        &count.to_le_bytes(),
+        &flags.to_le_bytes(),
+    ]
+    .concat()
+}
+
+/// Sends `kind` with `list` as its data; the status.
+fn deallocate(rig: &mut Rig<Block>, kind: u32, list: &[u8]) -> u8 {
+    rig.drivers[0].put(BUFFER, list);
+    let data = [(BUFFER, list.len() as u32, false)];
+    let data = if list.is_empty() { &[] } else { &data[..] };
+    request(rig, kind, 0, data).0
+}
+
+/// Which sectors of the file hold what [`options`] wrote there, as letters: `x` it does, `.` zeros.
+fn map(file: &File) -> String {
+    let mut sector = [0; 512];
+    let sectors = file.metadata().unwrap().len() / 512;
+    let letter = |index| {
+        std::os::unix::fs::FileExt::read_exact_at(file, &mut sector, index * 512).unwrap();
+        match sector {
+            _ if sector == [index as u8; 512] => 'x',
+            _ if sector == [0; 512] => '.',
+            _ => '?',
+        }
+    };
+    (0..sectors).map(letter).collect()
+}
+
+#[test]
+fn discards_and_zeroes_exactly_what_is_listed() {
+    const UNMAP: u32 = 1;
+    for (kind, flags) in [(T_DISCARD, 0), (T_WRITE_ZEROES, 0), (T_WRITE_ZEROES, UNMAP)] {
+        let options = options(32);
+        let file = options.file.try_clone().unwrap();
+        let mut rig = rig(options);
+        let list = [range(9, 1, flags), range(16, 16, flags), range(3, 0, flags)].concat();
+        assert_eq!(deallocate(&mut rig, kind, &list), S_OK);
+        // Sector 0 holds zeros from the start.
+        assert_eq!(map(&file), "xxxxxxxxx.xxxxxx................");
+    }
+}
+
+#[test]
+fn a_discard_gives_the_host_its_blocks_back() {
+    use std::os::unix::fs::MetadataExt as _;
+    let options = options(2048);
+    let file = options.file.try_clone().unwrap();
+    file.sync_all().unwrap();
+    let before = file.metadata().unwrap().blocks();
+    let mut rig = rig(options);
+    let all = range(0, 2048, 0);
+    assert_eq!(deallocate(&mut rig, T_DISCARD, &all), S_OK);
+    let after = file.metadata().unwrap();
+    assert!(before >= 2048 && after.blocks() < 16, "{before}, {after:?}");
+    assert_eq!(after.len(), 2048 * 512);
+}
+
+#[test]
+fn a_bad_range_touches_nothing() {
+    let options = options(8);
+    let file = options.file.try_clone().unwrap();
+    let mut rig = rig(options);
+    let good = range(0, 8, 0);
+    for (bad, status) in [
+        (range(8, 1, 0), S_IOERR),
+        (range(0, 9, 0), S_IOERR),
+        (range(u64::MAX, 1, 0), S_IOERR),
+        (range(u64::MAX - 1, u32::MAX, 0), S_IOERR),
+        (range(0, u32::MAX, 0), S_IOERR),
+        (range(0, 1, 2), S_UNSUPP),
+        (range(0, 1, u32::MAX), S_UNSUPP),
+        (vec![0; 1], S_IOERR),
+        (vec![0; 15], S_IOERR),
+    ] {
+        let list = [good.clone(), bad].concat();
+        for kind in [T_DISCARD, T_WRITE_ZEROES] {
+            assert_eq!(deallocate(&mut rig, kind, &list), status, "{list:x?}");
+        }
+    }
+    assert_eq!(deallocate(&mut rig, T_DISCARD, &range(0, 1, 1)), S_UNSUPP);
+    assert_eq!(deallocate(&mut rig, T_DISCARD, &[]), S_IOERR);
+    assert_eq!(deallocate(&mut rig, T_DISCARD, &good.repeat(17)), S_IOERR);
+    assert_eq!(map(&file), "xxxxxxxx");
+    assert_eq!(deallocate(&mut rig, T_DISCARD, &good.repeat(16)), S_OK);
+}
+
+#[test]
+fn ranges_have_a_largest_size() {
+    let options = options(0);
+    options.file.set_len(1 << 40).unwrap();
+    let mut rig = rig(options);
+    let config = rig.device.config();
+    for (kind, at) in [(T_DISCARD, 36), (T_WRITE_ZEROES, 48)] {
+        let most = u32::from_le_bytes(config[at..at + 4].try_into().unwrap());
+        assert_eq!(deallocate(&mut rig, kind, &range(5, most, 0)), S_OK);
+        let beyond = range(5, most + 1, 0);
+        assert_eq!(deallocate(&mut rig, kind, &beyond), S_IOERR);
+    }
+}
+
+#[test]
+fn offers_discard_only_where_it_is_wanted_and_possible() {
+    const OFFERED: u64 = F_DISCARD | F_WRITE_ZEROES;
+    let features = |options| Block::new(options).unwrap().traits().features & OFFERED;
+    assert_eq!(features(options(1)), OFFERED);
+    let read_only = BlockOptions {
+        read_only: true,
+        ..options(1)
+    };
+    assert_eq!(features(read_only), 0);
+    let unwanted = BlockOptions {
+        discard: false,
+        ..options(1)
+    };
+    assert_eq!(features(unwanted), 0);
+    let unwanted = BlockOptions {
+        discard: false,
+        ..options(1)
+    };
+    let mut rig = rig(unwanted);
+    let answer = deallocate(&mut rig, T_DISCARD, &range(0, 1, 0));
+    assert_eq!(answer, S_UNSUPP);
 }
