@@ -1,6 +1,7 @@
 //! virtio-block against the probe's driver.
 
-use casemate_tests::{Vm, exit, pattern_disk, pattern_word};
+use casemate_tests::{Vm, bin, exit, pattern_disk, pattern_word};
+use nix::sys::signal::Signal;
 
 const SECTORS: u64 = 2048 + 3;
 
@@ -108,4 +109,40 @@ fn a_drive_that_shall_keep_its_blocks_takes_no_discard() {
         .run()
         .unwrap();
     done.assert_line("probe: blk FAIL: the drive takes no discard");
+}
+
+#[test]
+fn an_image_has_one_writer_or_many_readers() {
+    let dir = tempfile::tempdir().unwrap();
+    let disk = dir.path().join("disk");
+    std::fs::write(&disk, vec![0; 4096]).unwrap();
+    let machine = |args: &str, read_only| {
+        Vm::kernel(&bin("casemate-probe"), args).drive("data", &disk, read_only)
+    };
+    for (first, second) in [(true, false), (false, true), (false, false)] {
+        let running = machine("idle acpi=off", first).start().unwrap();
+        running.wait_for_line("probe: idle").unwrap();
+        let refused = machine("acpi=off", second).run().unwrap();
+        refused.assert_refused(
+            exit::BAD_INPUT,
+            &["drive data", "another machine uses its image"],
+        );
+        // Readers do not exclude each other; and the lock goes with its machine.
+        if first {
+            machine("acpi=off", true)
+                .run()
+                .unwrap()
+                .assert_line("probe: boot ok");
+        }
+        for _ in 0..2 {
+            // The first presses the power button, the second ends it at once.
+            running.signal(Signal::SIGTERM).unwrap();
+            std::thread::sleep(std::time::Duration::from_millis(100));
+        }
+        running.wait().unwrap();
+        machine("acpi=off", second)
+            .run()
+            .unwrap()
+            .assert_line("probe: boot ok");
+    }
 }

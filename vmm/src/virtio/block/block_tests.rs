@@ -277,9 +277,12 @@ fn what_a_guest_writes_to_its_disk_never_changes_what_the_disk_is() {
     rig.drivers[0].put(BUFFER, &header);
     let written = request(&mut rig, T_OUT, 0, &[(BUFFER, 512, false)]);
     assert_eq!(written, (S_OK, 1));
+    let file = File::open(path).unwrap();
+    // The first machine has ended, and its lock with it.
+    drop(rig);
     let again = BlockOptions {
         id: "root".into(),
-        file: File::open(path).unwrap(),
+        file,
         read_only: true,
         cache: CacheType::Unsafe,
         discard: true,

@@ -1,6 +1,7 @@
 //! The block device (virtio 1.2, section 5.2): a file or block device of the host as a disk.
 
 mod discard;
+mod lock;
 
 use std::fs::File;
 use std::io::{self, Seek as _, SeekFrom};
@@ -12,6 +13,7 @@ use thiserror::Error;
 use vm_memory::Permissions;
 
 use self::discard::{Kind, RANGE_LEN, Range};
+use self::lock::Lock;
 use super::chain::{self, Chain};
 use super::device::{
     self, DeviceIo, DeviceType, Event, LogBudget, Queues, Traits, VirtioDevice, states,
@@ -104,6 +106,25 @@ pub enum Error {
         /// What the host said.
         source: io::Error,
     },
+    /// Another machine uses it.
+    #[error(
+        "drive {id}: another machine uses its image{}: an image has one writer or any number of readers",
+        if *.read_only { ", and may write to it" } else { "" }
+    )]
+    InUse {
+        /// Its id.
+        id: String,
+        /// Whether this machine would only read it.
+        read_only: bool,
+    },
+    /// It cannot be locked.
+    #[error("drive {id}: cannot lock its image: {source}")]
+    Lock {
+        /// Its id.
+        id: String,
+        /// What the host says.
+        source: io::Error,
+    },
 }
 
 /// The block device.
@@ -144,6 +165,16 @@ impl Block {
         let kind = file.metadata().map_err(size)?.file_type();
         if !kind.is_file() && !kind.is_block_device() {
             return Err(Error::WrongKind { id });
+        }
+        match lock::take(&file, read_only) {
+            Ok(Lock::Taken) => {}
+            Ok(Lock::InUse) => return Err(Error::InUse { id, read_only }),
+            Ok(Lock::Unsupported) => {
+                warn!(
+                    "drive {id}: its file system has no locks, nothing keeps a second machine out"
+                );
+            }
+            Err(source) => return Err(Error::Lock { id, source }),
         }
         // Unlike the metadata, the end of a block device is its size.
         let len = file.seek(SeekFrom::End(0)).map_err(size)?;
