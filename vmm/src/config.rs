@@ -11,8 +11,11 @@ use serde::Deserialize;
 use serde::de::IgnoredAny;
 use thiserror::Error;
 
+pub use self::rate_limiter::RateLimiter;
 use crate::boot::Protocol;
 use crate::memory::layout;
+
+mod rate_limiter;
 
 /// Largest config file in bytes.
 pub const MAX_FILE_SIZE: u64 = 1 << 20;
@@ -140,7 +143,8 @@ pub struct Drive {
     pub discard: bool,
     #[serde(default)]
     io_engine: IoEngine,
-    rate_limiter: Option<IgnoredAny>,
+    /// How much the guest may use it.
+    pub rate_limiter: Option<RateLimiter>,
     socket: Option<IgnoredAny>,
 }
 
@@ -156,8 +160,10 @@ pub struct NetworkInterface {
     pub guest_mac: Option<MacAddress>,
     /// Largest packet in bytes that the guest should send, 68 to 65535.
     pub mtu: Option<u16>,
-    rx_rate_limiter: Option<IgnoredAny>,
-    tx_rate_limiter: Option<IgnoredAny>,
+    /// How much the guest may receive.
+    pub rx_rate_limiter: Option<RateLimiter>,
+    /// How much the guest may send.
+    pub tx_rate_limiter: Option<RateLimiter>,
 }
 
 /// The socket device.
@@ -176,7 +182,8 @@ pub struct Vsock {
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Entropy {
-    rate_limiter: Option<IgnoredAny>,
+    /// How much the guest may take.
+    pub rate_limiter: Option<RateLimiter>,
 }
 
 /// An Ethernet address.
@@ -312,9 +319,7 @@ impl Config {
 
     fn refuse_unsupported(&self) -> Result<(), Error> {
         let machine = &self.machine_config;
-        let entropy = self.entropy.as_ref();
         let drives = || self.drives.iter();
-        let networks = || self.network_interfaces.iter();
         let found = [
             (self.balloon.is_some(), "balloon"),
             (self.cpu_config.is_some(), "cpu-config"),
@@ -341,23 +346,7 @@ impl Config {
                 drives().any(|d| d.io_engine == IoEngine::Async),
                 "drives[].io_engine: Async",
             ),
-            (
-                drives().any(|d| d.rate_limiter.is_some()),
-                "drives[].rate_limiter",
-            ),
             (drives().any(|d| d.socket.is_some()), "drives[].socket"),
-            (
-                networks().any(|n| n.rx_rate_limiter.is_some()),
-                "network-interfaces[].rx_rate_limiter",
-            ),
-            (
-                networks().any(|n| n.tx_rate_limiter.is_some()),
-                "network-interfaces[].tx_rate_limiter",
-            ),
-            (
-                entropy.is_some_and(|e| e.rate_limiter.is_some()),
-                "entropy.rate_limiter",
-            ),
         ];
         match found.into_iter().find(|(used, _)| *used) {
             Some((_, field)) => Err(Error::NotSupported(field)),

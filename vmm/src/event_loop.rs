@@ -7,6 +7,7 @@
 use std::io;
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
+use std::time::Duration;
 
 use thiserror::Error;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent};
@@ -129,16 +130,16 @@ impl EventLoop {
         }
     }
 
-    /// Waits until something happens (`block`), or only looks; returns how many events to read
-    /// with [`EventLoop::event`].
+    /// Waits until something happens, for `timeout` at most (rounded up to milliseconds; for ever
+    /// without one); returns how many events to read with [`EventLoop::event`].
     ///
     /// # Errors
     /// When `epoll_wait` fails; being interrupted by a signal counts as no event.
-    pub fn wait(&mut self, block: bool) -> Result<usize, Error> {
-        match self
-            .epoll
-            .wait(if block { -1 } else { 0 }, &mut self.fetched)
-        {
+    pub fn wait(&mut self, timeout: Option<Duration>) -> Result<usize, Error> {
+        let milliseconds = timeout.map_or(-1, |timeout| {
+            i32::try_from(timeout.as_nanos().div_ceil(1_000_000)).unwrap_or(i32::MAX)
+        });
+        match self.epoll.wait(milliseconds, &mut self.fetched) {
             Ok(count) => Ok(count),
             Err(error) if error.kind() == io::ErrorKind::Interrupted => Ok(0),
             Err(error) => Err(Error::Wait(error)),
@@ -239,14 +240,14 @@ mod tests {
         let fd = EventFd::new(EFD_NONBLOCK).unwrap();
         let registrar = events.registrar(4);
         registrar.watch(&fd, 9, EventSet::IN).unwrap();
-        assert_eq!(events.wait(false).unwrap(), 0);
+        assert_eq!(events.wait(Some(Duration::ZERO)).unwrap(), 0);
         fd.write(1).unwrap();
-        assert_eq!(events.wait(true).unwrap(), 1);
+        assert_eq!(events.wait(None).unwrap(), 1);
         assert_eq!(
             events.event(0),
             Some((Token::Device { device: 4, key: 9 }, EventSet::IN))
         );
         registrar.unwatch(&fd);
-        assert_eq!(events.wait(false).unwrap(), 0);
+        assert_eq!(events.wait(Some(Duration::ZERO)).unwrap(), 0);
     }
 }

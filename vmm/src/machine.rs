@@ -12,7 +12,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::boot::{self, GedInfo, MachineDescription, MmioDeviceInfo};
 use crate::bus::{self, Bus};
-use crate::config::{CacheType, Config};
+use crate::config::{CacheType, Config, RateLimiter};
 use crate::devices::{AcpiRegisters, I8042, SerialPort, acpi, i8042, serial};
 use crate::ending::{End, EndSignal};
 use crate::event_loop;
@@ -22,6 +22,7 @@ use crate::lockdown::{self, Role, Stage};
 use crate::memory::{self, GuestMemory, layout};
 use crate::resources::{Resources, VsockSockets};
 use crate::vcpu::{self, Buses, VcpuThread};
+use crate::virtio::rate_limiter::LimiterOptions;
 use crate::virtio::transport::mmio::{self, MmioTransport, QUEUE_NOTIFY};
 use crate::virtio::{
     self, Block, BlockOptions, DeviceWorker, Entropy, Net, NetOptions, VirtioDevice, Vsock,
@@ -228,6 +229,7 @@ fn virtio_devices(
                 CacheType::Writeback => virtio::CacheType::Writeback,
             },
             discard: drive.discard,
+            limits: limits(drive.rate_limiter),
         })?));
     }
     for (network, tap) in config.network_interfaces.iter().zip(taps) {
@@ -235,6 +237,8 @@ fn virtio_devices(
             tap,
             mac: network.guest_mac.map(|mac| mac.0),
             mtu: network.mtu,
+            rx_limits: limits(network.rx_rate_limiter),
+            tx_limits: limits(network.tx_rate_limiter),
         };
         let net = Net::new(options).map_err(|source| Error::Net {
             id: network.iface_id.clone(),
@@ -250,10 +254,14 @@ fn virtio_devices(
             broker: sockets.broker,
         })?));
     }
-    if config.entropy.is_some() {
-        devices.push(Box::new(Entropy::new()));
+    if let Some(entropy) = &config.entropy {
+        devices.push(Box::new(Entropy::new(limits(entropy.rate_limiter))));
     }
     Ok(devices)
+}
+
+fn limits(configured: Option<RateLimiter>) -> LimiterOptions {
+    configured.map(Into::into).unwrap_or_default()
 }
 
 /// Gives each device a window and an interrupt pin.

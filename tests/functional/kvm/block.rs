@@ -146,3 +146,25 @@ fn an_image_has_one_writer_or_many_readers() {
             .assert_line("probe: boot ok");
     }
 }
+
+#[test]
+fn a_rate_limit_slows_a_drive_down() {
+    let run = |limiter| {
+        let vm = Vm::probe("probe.task=blk");
+        let disk = vm.path("disk");
+        pattern_disk(&disk, SECTORS).unwrap();
+        let began = std::time::Instant::now();
+        let vm = vm.drive("data", &disk, true);
+        let done = vm.set("/drives/0/rate_limiter", limiter).run().unwrap();
+        done.assert_line("probe: blk ok");
+        began.elapsed()
+    };
+    // A MiB: 64 KiB at once, the rest at 1 MiB a second. No faster, however fast the host is.
+    let bandwidth = serde_json::json!({"bandwidth": {"size": 65536, "refill_time": 62}});
+    let slowed = run(bandwidth);
+    assert!(slowed.as_millis() > 800, "{slowed:?}");
+    // 130 requests: 30 at once, and 200 a second.
+    let ops = serde_json::json!({"ops": {"size": 20, "one_time_burst": 10, "refill_time": 100}});
+    let slowed = run(ops);
+    assert!(slowed.as_millis() > 400, "{slowed:?}");
+}

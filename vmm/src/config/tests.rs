@@ -114,18 +114,9 @@ fn names_what_is_not_supported_yet() {
         (r#","logger":{}"#, "`logger`"),
         (r#","metrics":{}"#, "`metrics`"),
         (r#","mmds-config":{}"#, "`mmds-config`"),
-        (r#","entropy":{"rate_limiter":{}}"#, "entropy.rate_limiter"),
         (
             r#","drives":[{"drive_id":"a","path_on_host":"/a","io_engine":"Async"}]"#,
             "drives[].io_engine",
-        ),
-        (
-            r#","drives":[{"drive_id":"a","path_on_host":"/a","rate_limiter":{}}]"#,
-            "drives[].rate_limiter",
-        ),
-        (
-            r#","network-interfaces":[{"iface_id":"a","host_dev_name":"t","tx_rate_limiter":{}}]"#,
-            "tx_rate_limiter",
         ),
     ] {
         refused_with(&with(extra), &[field, "not supported yet"]);

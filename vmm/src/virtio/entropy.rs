@@ -6,6 +6,7 @@ use vm_memory::Permissions;
 use super::chain::Chain;
 use super::device::{self, DeviceIo, DeviceType, Event, Queues, Traits, VirtioDevice, states};
 use super::queue::{Progress, QueueStates, Verdict};
+use super::rate_limiter::{LimiterOptions, RateLimiter};
 use crate::memory::GuestMemory;
 use crate::memory::iovec::IoVecBuffer;
 
@@ -19,14 +20,18 @@ const BUDGET: usize = 16;
 /// The entropy device.
 #[derive(Default)]
 pub struct Entropy {
+    limiter: RateLimiter,
     running: Option<(Queues, DeviceIo)>,
     pieces: IoVecBuffer,
 }
 
 impl Entropy {
-    /// A device that takes its bytes from getrandom(2).
-    pub fn new() -> Self {
-        Self::default()
+    /// A device that takes its bytes from getrandom(2), within `limits`.
+    pub fn new(limits: LimiterOptions) -> Self {
+        Self {
+            limiter: RateLimiter::new(limits),
+            ..Self::default()
+        }
     }
 }
 
@@ -60,7 +65,12 @@ impl VirtioDevice for Entropy {
             return Ok(Progress::Done);
         };
         let progress = queue.process(&io.memory, io.signal.as_ref(), BUDGET, |chain| {
-            Ok(Verdict::Used(fill(&mut self.pieces, &io.memory, chain)))
+            if let Some(at) = self.limiter.wait() {
+                return Ok(Verdict::Later(at));
+            }
+            let len = fill(&mut self.pieces, &io.memory, chain);
+            self.limiter.spend(len.into());
+            Ok(Verdict::Used(len))
         })?;
         Ok(progress)
     }
@@ -89,7 +99,7 @@ mod tests {
 
     #[test]
     fn fills_buffers_with_different_bytes() {
-        let mut rig = Rig::new(Entropy::new());
+        let mut rig = Rig::new(Entropy::new(LimiterOptions::default()));
         rig.drivers[0].add(&[(DATA, 32, true), (DATA + 100, 32, true)]);
         rig.kick(0);
         let driver = &mut rig.drivers[0];
@@ -102,7 +112,7 @@ mod tests {
 
     #[test]
     fn a_huge_request_gets_a_part() {
-        let mut rig = Rig::new(Entropy::new());
+        let mut rig = Rig::new(Entropy::new(LimiterOptions::default()));
         rig.drivers[0].add(&[(DATA, 0x10_0000, true), (DATA, 0x10_0000, true)]);
         rig.kick(0);
         let driver = &mut rig.drivers[0];
@@ -112,7 +122,7 @@ mod tests {
 
     #[test]
     fn a_request_without_room_gets_nothing() {
-        let mut rig = Rig::new(Entropy::new());
+        let mut rig = Rig::new(Entropy::new(LimiterOptions::default()));
         rig.drivers[0].add(&[(DATA, 32, false)]);
         rig.kick(0);
         assert_eq!(rig.drivers[0].used(), Some((0, 0)));

@@ -10,6 +10,7 @@ pub mod device;
 pub mod entropy;
 pub mod net;
 pub mod queue;
+pub mod rate_limiter;
 pub mod transport;
 pub mod vsock;
 pub mod worker;

@@ -2,6 +2,8 @@
 //! checks what the driver configured, tells a malformed chain from a finished one, and bounds the
 //! work done at a time.
 
+use std::time::Instant;
+
 use thiserror::Error;
 use virtio_queue::{Queue as Ring, QueueOwnedT as _, QueueT as _};
 use vm_memory::{Bytes as _, GuestAddress, GuestMemory as _, Permissions};
@@ -113,6 +115,8 @@ pub enum Verdict {
     Enough(u32),
     /// There is nothing to put in it now: it stays available, and processing ends.
     Keep,
+    /// It stays available until a rate limit lets it through, at that time; processing ends.
+    Later(Instant),
 }
 
 /// Whether there is more to do.
@@ -122,12 +126,19 @@ pub enum Progress {
     Done,
     /// The budget is used up: call again after the other devices had their turn.
     More,
+    /// A rate limit stands in the way: call again at that time.
+    Later(Instant),
 }
 
 impl Progress {
-    /// More if either has more to do.
+    /// Whichever has to go on sooner.
     pub fn or(self, other: Self) -> Self {
-        if self == Progress::More { self } else { other }
+        match (self, other) {
+            (Self::More, _) | (_, Self::More) => Self::More,
+            (Self::Later(one), Self::Later(other)) => Self::Later(one.min(other)),
+            (Self::Later(at), Self::Done) | (Self::Done, Self::Later(at)) => Self::Later(at),
+            (Self::Done, Self::Done) => Self::Done,
+        }
     }
 }
 
@@ -283,6 +294,10 @@ impl Queue {
                 Verdict::Keep => {
                     self.put_back(1);
                     return Ok(Progress::Done);
+                }
+                Verdict::Later(at) => {
+                    self.put_back(1);
+                    return Ok(Progress::Later(at));
                 }
             }
         }

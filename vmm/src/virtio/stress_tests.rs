@@ -288,12 +288,13 @@ fn no_guest_and_no_host_can_break_the_devices() {
         read_only: false,
         cache: CacheType::Writeback,
         discard: true,
+        limits: crate::virtio::rate_limiter::LimiterOptions::default(),
     };
     let (net, mut tap) = net::tests::fake();
     let vsock = vsock::testing::reachable(UnixListener::bind(&path).unwrap());
     let all: [Box<dyn VirtioDevice>; 4] = [
         Box::new(Block::new(block).unwrap()),
-        Box::new(Entropy::new()),
+        Box::new(Entropy::default()),
         Box::new(net),
         Box::new(vsock),
     ];

@@ -222,10 +222,10 @@ impl<D: VirtioDevice> Rig<D> {
             .unwrap();
     }
 
-    /// Handles one event to its end.
+    /// Handles one event to its end, or until a rate limit holds it back.
     pub fn handle(&mut self, event: Event) -> Result<(), device::Error> {
         for _ in 0..10_000 {
-            if self.device.handle(event)? == Progress::Done {
+            if self.device.handle(event)? != Progress::More {
                 return Ok(());
             }
         }
@@ -239,7 +239,7 @@ impl<D: VirtioDevice> Rig<D> {
     /// Handles what the device's own descriptors report, until nothing more comes.
     pub fn poll(&mut self) {
         for _ in 0..1000 {
-            let count = self.events.wait(false).unwrap();
+            let count = self.events.wait(Some(std::time::Duration::ZERO)).unwrap();
             if count == 0 {
                 return;
             }

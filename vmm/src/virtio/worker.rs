@@ -2,6 +2,7 @@
 
 use std::collections::VecDeque;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use log::{debug, error, log};
 
@@ -19,6 +20,8 @@ struct Slot {
     running: bool,
     /// What it was doing when its budget was used up, to be called again with.
     unfinished: VecDeque<Event>,
+    /// What a rate limit holds back, and until when. No more than there are queues.
+    held_back: Vec<(Event, Instant)>,
     failures: LogBudget,
 }
 
@@ -66,6 +69,7 @@ impl DeviceWorker {
             device,
             running: false,
             unfinished: VecDeque::new(),
+            held_back: Vec::new(),
             failures: LogBudget::default(),
         });
         Ok(())
@@ -83,19 +87,29 @@ impl DeviceWorker {
     /// go on with one thing that it left: however many a device left, the others wait for one.
     fn turn(&mut self) -> Result<(), event_loop::Error> {
         loop {
-            let idle = self.slots.iter().all(|slot| slot.unfinished.is_empty());
-            let count = self.events.wait(idle)?;
+            let count = self.events.wait(self.timeout())?;
             for index in 0..count {
                 if let Some((token, events)) = self.events.event(index) {
                     self.dispatch(token, events);
                 }
             }
             for (device, slot) in (0..).zip(&mut self.slots) {
+                slot.release_due();
                 if let Some(event) = slot.unfinished.pop_front() {
                     slot.handle(device, event);
                 }
             }
         }
+    }
+
+    /// How long to wait for events: not at all with work left over, else until a rate limit ends.
+    fn timeout(&self) -> Option<Duration> {
+        if self.slots.iter().any(|slot| !slot.unfinished.is_empty()) {
+            return Some(Duration::ZERO);
+        }
+        let held_back = self.slots.iter().flat_map(|slot| &slot.held_back);
+        let next = held_back.map(|(_, until)| *until).min()?;
+        Some(next.saturating_duration_since(Instant::now()))
     }
 
     fn dispatch(&mut self, token: Token, events: event_loop::EventSet) {
@@ -191,10 +205,10 @@ impl Slot {
         }
         match self.device.handle(event) {
             Ok(Progress::Done) => {}
-            Ok(Progress::More) => {
-                if !self.unfinished.contains(&event) {
-                    self.unfinished.push_back(event);
-                }
+            Ok(Progress::More) => self.leave(event),
+            Ok(Progress::Later(until)) => {
+                self.held_back.retain(|(other, _)| *other != event);
+                self.held_back.push((event, until));
             }
             Err(error) => {
                 self.fail(index, &error);
@@ -203,10 +217,32 @@ impl Slot {
         }
     }
 
+    fn leave(&mut self, event: Event) {
+        if !self.unfinished.contains(&event) {
+            self.unfinished.push_back(event);
+        }
+    }
+
+    /// Lets go on what a rate limit held back until now.
+    fn release_due(&mut self) {
+        if self.held_back.is_empty() {
+            return;
+        }
+        let now = Instant::now();
+        for (event, _) in self
+            .held_back
+            .extract_if(.., |(_, until)| *until <= now)
+            .collect::<Vec<_>>()
+        {
+            self.leave(event);
+        }
+    }
+
     fn stop(&mut self) -> QueueStates {
         self.running = false;
         // What the device was doing concerns nobody any more.
         self.unfinished.clear();
+        self.held_back.clear();
         self.device.stop()
     }
 

@@ -5,11 +5,12 @@ use crate::virtio::testing::memory;
 use std::sync::Mutex;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-/// Always has more to do, and writes down its turns.
+/// Does nothing, says how it goes on, and writes down its turns.
 struct Busy {
     name: char,
     queues: &'static [u16],
     turns: Arc<Mutex<String>>,
+    progress: fn() -> Progress,
 }
 
 impl VirtioDevice for Busy {
@@ -31,7 +32,14 @@ impl VirtioDevice for Busy {
     }
     fn handle(&mut self, _: Event) -> Result<Progress, device::Error> {
         self.turns.lock().unwrap().push(self.name);
-        Ok(Progress::More)
+        Ok((self.progress)())
+    }
+}
+
+/// What a driver does to start a device.
+fn start(transport: &Arc<MmioTransport>) {
+    for (offset, value) in [(0x70, 3), (0x24, 1), (0x20, 1), (0x70, 11), (0x70, 15)] {
+        transport.write(offset, &u32::to_le_bytes(value));
     }
 }
 
@@ -45,6 +53,7 @@ fn a_busy_device_does_not_starve_another() {
             name,
             queues,
             turns: Arc::clone(&turns),
+            progress: || Progress::More,
         };
         let irq = EventFd::new(EFD_NONBLOCK).unwrap();
         let transport = MmioTransport::new(Box::new(device), memory(), irq).unwrap();
@@ -55,11 +64,7 @@ fn a_busy_device_does_not_starve_another() {
     let write = |i: usize, offset: u64, value: u32| {
         transports[i].write(offset, &value.to_le_bytes());
     };
-    for i in 0..2 {
-        for (offset, value) in [(0x70, 3), (0x24, 1), (0x20, 1), (0x70, 11), (0x70, 15)] {
-            write(i, offset, value);
-        }
-    }
+    transports.iter().for_each(start);
     for (i, queue) in [(0, 0), (0, 1), (0, 2), (1, 0)] {
         write(i, 0x50, queue);
     }
@@ -74,4 +79,37 @@ fn a_busy_device_does_not_starve_another() {
     write(1, 0x70, 0);
     let turns = turns.lock().unwrap().clone();
     assert!(turns.matches("abab").count() > 10, "{turns:.100}");
+}
+
+#[test]
+fn what_a_rate_limit_holds_back_goes_on_in_time_and_not_before() {
+    const HELD_BACK: Duration = Duration::from_millis(20);
+    let turns: Arc<Mutex<String>> = Arc::default();
+    let mut worker = DeviceWorker::new().unwrap();
+    let device = Busy {
+        name: 'a',
+        queues: &[16],
+        turns: Arc::clone(&turns),
+        progress: || Progress::Later(Instant::now() + HELD_BACK),
+    };
+    let irq = EventFd::new(EFD_NONBLOCK).unwrap();
+    let transport = MmioTransport::new(Box::new(device), memory(), irq).unwrap();
+    worker.add(Arc::clone(&transport)).unwrap();
+    std::thread::spawn(move || worker.run());
+    let began = Instant::now();
+    start(&transport);
+    transport.write(0x50, &0u32.to_le_bytes());
+    while turns.lock().unwrap().len() < 12 {
+        std::thread::sleep(Duration::from_millis(1));
+        assert!(
+            began.elapsed() < Duration::from_secs(20),
+            "it never goes on"
+        );
+    }
+    // Two of them are the start's and the doorbell's.
+    assert!(began.elapsed() >= HELD_BACK * 9, "it spins");
+    transport.write(0x70, &0u32.to_le_bytes());
+    let stopped = turns.lock().unwrap().len();
+    std::thread::sleep(HELD_BACK * 3);
+    assert_eq!(turns.lock().unwrap().len(), stopped, "a reset forgets it");
 }

@@ -1,5 +1,6 @@
 use super::*;
 use crate::virtio::queue;
+use crate::virtio::rate_limiter::BucketOptions;
 use crate::virtio::testing::{DATA, Rig};
 use std::io::{Read as _, Write as _};
 
@@ -17,6 +18,7 @@ fn options(sectors: u64) -> BlockOptions {
         read_only: false,
         cache: CacheType::Writeback,
         discard: true,
+        limits: LimiterOptions::default(),
     }
 }
 
@@ -286,6 +288,7 @@ fn what_a_guest_writes_to_its_disk_never_changes_what_the_disk_is() {
         read_only: true,
         cache: CacheType::Unsafe,
         discard: true,
+        limits: LimiterOptions::default(),
     };
     let mut rig = Rig::new(Block::new(again).unwrap());
     assert_eq!(rig.device.config()[..8], 4_u64.to_le_bytes());
@@ -421,4 +424,30 @@ fn offers_discard_only_where_it_is_wanted_and_possible() {
     let mut rig = rig(unwanted);
     let answer = deallocate(&mut rig, T_DISCARD, &range(0, 1, 0));
     assert_eq!(answer, S_UNSUPP);
+}
+
+#[test]
+fn requests_beyond_the_limit_wait_and_are_served_later() {
+    let mut options = options(8);
+    options.limits.ops = Some(BucketOptions {
+        size: 2,
+        one_time_burst: 0,
+        refill_time: std::time::Duration::from_millis(100),
+    });
+    let mut rig = rig(options);
+    rig.drivers[0].put(DATA, &[0; 16]);
+    for i in 0..4 {
+        rig.drivers[0].add(&[(DATA, 16, false), (BUFFER + i * 512, 513, true)]);
+    }
+    let Progress::Later(at) = rig.device.handle(Event::Queue(0)).unwrap() else {
+        panic!("nothing is held back");
+    };
+    for _ in 0..2 {
+        assert!(rig.drivers[0].used().is_some());
+    }
+    assert_eq!(rig.drivers[0].used(), None);
+    assert_eq!(rig.signal.count(), 1, "the driver hears of what was served");
+    std::thread::sleep(at.saturating_duration_since(std::time::Instant::now()));
+    rig.kick(0);
+    assert!(rig.drivers[0].used().is_some());
 }

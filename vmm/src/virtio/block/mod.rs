@@ -19,6 +19,7 @@ use super::device::{
     self, DeviceIo, DeviceType, Event, LogBudget, Queues, Traits, VirtioDevice, states,
 };
 use super::queue::{Progress, QueueStates, Verdict};
+use super::rate_limiter::{LimiterOptions, RateLimiter};
 use crate::memory::GuestMemory;
 use crate::memory::iovec::{IoVecBuffer, IoVecs};
 
@@ -55,6 +56,7 @@ const T_WRITE_ZEROES: u32 = 13;
 const ID_LEN: usize = 20;
 /// Type, a reserved word, and the sector.
 const HEADER_LEN: u64 = 16;
+const STATUS_LEN: u64 = 1;
 /// Of the configuration (section 5.2.4), what lies between `seg_max` and `max_discard_sectors`: geometry,
 /// block size, topology, write-back, queues. Features that are not offered govern them all.
 const UNUSED_CONFIG: [u8; 20] = [0; 20];
@@ -87,6 +89,8 @@ pub struct BlockOptions {
     pub cache: CacheType,
     /// Whether the guest may give parts of it back to the host, where the host can take them.
     pub discard: bool,
+    /// How much it may be used: bytes that are read or written, and requests.
+    pub limits: LimiterOptions,
 }
 
 /// Why a drive could not be made.
@@ -130,6 +134,7 @@ pub enum Error {
 /// The block device.
 pub struct Block {
     disk: Disk,
+    limiter: RateLimiter,
     running: Option<(Queues, DeviceIo)>,
     pieces: IoVecBuffer,
 }
@@ -157,6 +162,7 @@ impl Block {
             read_only,
             cache,
             discard,
+            limits,
         } = options;
         let size = |source| Error::Size {
             id: id.clone(),
@@ -198,6 +204,7 @@ impl Block {
                 file,
                 failures: LogBudget::default(),
             },
+            limiter: RateLimiter::new(limits),
             running: None,
             pieces: IoVecBuffer::default(),
         })
@@ -261,9 +268,15 @@ impl VirtioDevice for Block {
         };
         let mut bytes: u64 = 0;
         let progress = queue.process(&io.memory, io.signal.as_ref(), BUDGET, |chain| {
+            if let Some(at) = self.limiter.wait() {
+                return Ok(Verdict::Later(at));
+            }
             let written = self.disk.serve(&mut self.pieces, &io.memory, chain)?;
-            // Each chain is less than 4 GiB, and they are few.
-            bytes = bytes.saturating_add(chain.readable_len() + chain.writable_len());
+            // Less than 4 GiB.
+            let len = chain.readable_len() + chain.writable_len();
+            self.limiter
+                .spend(len.saturating_sub(HEADER_LEN + STATUS_LEN));
+            bytes = bytes.saturating_add(len);
             Ok(if bytes < BUDGET_BYTES {
                 Verdict::Used(written)
             } else {

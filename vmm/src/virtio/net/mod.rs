@@ -17,6 +17,7 @@ use self::tap::Offloads;
 use super::chain::Chain;
 use super::device::{self, DeviceIo, DeviceType, Event, Queues, Traits, VirtioDevice, states};
 use super::queue::{Progress, QueueStates, Verdict};
+use super::rate_limiter::{LimiterOptions, RateLimiter};
 use crate::event_loop::EventSet;
 use crate::memory::GuestMemory;
 use crate::memory::iovec::IoVecBuffer;
@@ -64,6 +65,10 @@ pub struct NetOptions {
     pub mac: Option<[u8; 6]>,
     /// Largest packet in bytes, without the Ethernet header, that the guest should send.
     pub mtu: Option<u16>,
+    /// What the guest may receive.
+    pub rx_limits: LimiterOptions,
+    /// What the guest may send.
+    pub tx_limits: LimiterOptions,
 }
 
 /// Why a network card could not be made.
@@ -81,6 +86,8 @@ pub struct Net {
     mtu: Option<u16>,
     /// Whether the host's kernel takes large UDP packets.
     ufo: bool,
+    rx_limiter: RateLimiter,
+    tx_limiter: RateLimiter,
     running: Option<Running>,
     pieces: IoVecBuffer,
 }
@@ -99,7 +106,13 @@ impl Net {
     /// # Errors
     /// When the tap is none or lacks a flag.
     pub fn new(options: NetOptions) -> Result<Self, Error> {
-        let NetOptions { tap, mac, mtu } = options;
+        let NetOptions {
+            tap,
+            mac,
+            mtu,
+            rx_limits,
+            tx_limits,
+        } = options;
         tap::prepare(&tap, HEADER_LEN as i32).map_err(Error::Tap)?;
         let all = Offloads::CSUM.and(Offloads::TSO4).and(Offloads::TSO6);
         let ufo = tap::set_offloads(&tap, all.and(Offloads::UFO)).is_ok();
@@ -110,6 +123,8 @@ impl Net {
             mac,
             mtu,
             ufo,
+            rx_limiter: RateLimiter::new(rx_limits),
+            tx_limiter: RateLimiter::new(tx_limits),
             running: None,
             pieces: IoVecBuffer::default(),
         })
@@ -222,8 +237,10 @@ impl VirtioDevice for Net {
             return Ok(Progress::Done);
         };
         match event {
-            Event::Queue(TX) => running.transmit(&self.tap, &mut self.pieces),
-            Event::Queue(RX) | Event::Ready { .. } => running.receive(&self.tap),
+            Event::Queue(TX) => running.transmit(&self.tap, &mut self.pieces, &mut self.tx_limiter),
+            Event::Queue(RX) | Event::Ready { .. } => {
+                running.receive(&self.tap, &mut self.rx_limiter)
+            }
             Event::Queue(_) => Ok(Progress::Done),
         }
     }
@@ -234,20 +251,31 @@ impl Running {
         &mut self,
         tap: &File,
         pieces: &mut IoVecBuffer,
+        limiter: &mut RateLimiter,
     ) -> Result<Progress, device::Error> {
         let [_, Some(queue), _] = &mut self.queues else {
             return Ok(Progress::Done);
         };
         let memory = &self.io.memory;
         let progress = queue.process(memory, self.io.signal.as_ref(), BUDGET, |chain| {
+            if let Some(at) = limiter.wait() {
+                return Ok(Verdict::Later(at));
+            }
             send(tap, pieces, memory, chain);
+            limiter.spend(chain.readable_len().saturating_sub(HEADER_LEN as u64));
             Ok(Verdict::Used(0))
         })?;
         Ok(progress)
     }
 
     /// Moves frames from the tap to the guest until either has no more.
-    fn receive(&mut self, tap: &File) -> Result<Progress, device::Error> {
+    ///
+    /// A frame that a rate limit holds back stays here, and those behind it in the tap.
+    fn receive(
+        &mut self,
+        tap: &File,
+        limiter: &mut RateLimiter,
+    ) -> Result<Progress, device::Error> {
         let [Some(queue), ..] = &mut self.queues else {
             return Ok(Progress::Done);
         };
@@ -258,8 +286,13 @@ impl Running {
                 progress = Progress::Done;
                 break;
             }
+            if let Some(at) = limiter.wait() {
+                progress = Progress::Later(at);
+                break;
+            }
+            let len = self.frame.len().saturating_sub(HEADER_LEN);
             match self.frame.deliver(queue, memory, self.merge)? {
-                Delivery::Gone => {}
+                Delivery::Gone => limiter.spend(len as u64),
                 // The driver will ring when it has room.
                 Delivery::NoRoom => {
                     progress = Progress::Done;

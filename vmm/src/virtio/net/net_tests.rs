@@ -1,4 +1,5 @@
 use super::*;
+use crate::virtio::rate_limiter::BucketOptions;
 use crate::virtio::testing::{DATA, Rig};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
 use std::io::Write as _;
@@ -31,6 +32,8 @@ fn card(tap: File) -> Net {
         mac: Some([2, 0, 0, 0, 0, 7]),
         mtu: Some(1400),
         ufo: false,
+        rx_limiter: RateLimiter::default(),
+        tx_limiter: RateLimiter::default(),
         running: None,
         pieces: IoVecBuffer::default(),
     }
@@ -193,7 +196,7 @@ fn stops_without_watching_the_tap() {
     for _ in 0..3 {
         peer.write_all(&frame(600, 3)).unwrap();
     }
-    assert_eq!(rig.events.wait(false).unwrap(), 0);
+    assert_eq!(rig.events.wait(Some(std::time::Duration::ZERO)).unwrap(), 0);
     rig.drivers[0].add(&[(DATA, 500, true)]);
     rig.start(&states, 0);
     // What came meanwhile was for another driver.
@@ -229,6 +232,8 @@ fn what_is_no_tap_is_refused() {
         tap: File::open("/dev/null").unwrap(),
         mac: None,
         mtu: None,
+        rx_limits: LimiterOptions::default(),
+        tx_limits: LimiterOptions::default(),
     };
     assert!(matches!(Net::new(options), Err(Error::Tap(_))));
 }
@@ -249,6 +254,8 @@ fn a_real_tap_takes_every_offload() {
             tap: tap.try_clone().unwrap(),
             mac: None,
             mtu: None,
+            rx_limits: LimiterOptions::default(),
+            tx_limits: LimiterOptions::default(),
         })
         .unwrap();
         assert_eq!(net.traits().features & F_MAC, 0);
@@ -264,4 +271,74 @@ fn a_real_tap_takes_every_offload() {
     })
     .join()
     .unwrap();
+}
+
+/// So many bytes, once: the bucket fills again in an hour.
+fn bytes(size: u64) -> RateLimiter {
+    let hour = std::time::Duration::from_secs(3600);
+    RateLimiter::new(LimiterOptions {
+        bandwidth: Some(BucketOptions {
+            size,
+            one_time_burst: 0,
+            refill_time: hour,
+        }),
+        ops: None,
+    })
+}
+
+#[test]
+fn each_direction_has_a_limit_of_its_own() {
+    let (mut rig, mut peer) = rig(F_MRG_RXBUF, 16);
+    rig.device.0.rx_limiter = bytes(100);
+    rig.device.0.tx_limiter = bytes(200);
+    for i in 0..8 {
+        rig.drivers[0].add(&[(DATA + i * 0x1000, 1000, true)]);
+    }
+    for _ in 0..5 {
+        peer.write_all(&frame(60, 1)).unwrap();
+    }
+    rig.poll();
+    // 60 bytes, and 60 more while there is anything left; the third waits.
+    assert_eq!(rig.drivers[0].used(), Some((0, 72)));
+    assert_eq!(rig.drivers[0].used(), Some((1, 72)));
+    assert_eq!(rig.drivers[0].used(), None);
+    let held_back = rig.device.handle(Event::Queue(RX)).unwrap();
+    assert!(matches!(held_back, Progress::Later(_)), "{held_back:?}");
+
+    for _ in 0..5 {
+        rig.drivers[1].add(&[(DATA, 12 + 100, false)]);
+    }
+    rig.kick(TX);
+    let mut data = [0; 200];
+    for _ in 0..2 {
+        assert_eq!(peer.read(&mut data).unwrap(), 112);
+        assert!(rig.drivers[1].used().is_some());
+    }
+    assert!(peer.read(&mut data).is_err());
+    assert!(rig.drivers[1].used().is_none());
+
+    // Nothing was lost: without limits the rest arrives, in its order.
+    rig.device.0.rx_limiter = RateLimiter::default();
+    rig.device.0.tx_limiter = RateLimiter::default();
+    rig.kick(RX);
+    rig.kick(TX);
+    for i in 2..5 {
+        assert_eq!(rig.drivers[0].used(), Some((i, 72)));
+        assert_eq!(peer.read(&mut data).unwrap(), 112);
+    }
+}
+
+#[test]
+fn a_reset_does_not_fill_the_bucket() {
+    let (mut rig, mut peer) = rig(F_MRG_RXBUF, 16);
+    rig.device.0.tx_limiter = bytes(100);
+    rig.drivers[1].add(&[(DATA, 12 + 100, false)]);
+    rig.kick(TX);
+    let states = rig.device.stop();
+    rig.start(&states, F_MRG_RXBUF);
+    rig.drivers[1].add(&[(DATA, 12 + 100, false)]);
+    rig.kick(TX);
+    let mut data = [0; 200];
+    assert_eq!(peer.read(&mut data).unwrap(), 112);
+    assert!(peer.read(&mut data).is_err());
 }

@@ -45,6 +45,12 @@ impl FrameBuffer {
     }
 
     /// Whether a frame waits in it.
+    /// Bytes of the frame with its header; zero when there is none.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Whether a frame waits in it.
     pub fn is_full(&self) -> bool {
         self.len > 0
     }
