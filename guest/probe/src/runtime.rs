@@ -50,9 +50,11 @@ bcmp:
     sub eax, ecx
 2:  ret
 
+    # The stack. No larger than needed: ring 0 maps it page by page, and where KVM interprets ring 0
+    # each page delays the start by microseconds.
     .section .bss
     .align 4096
-    .skip 1048576
+    .skip 262144
     .globl stack_top
 stack_top:
     .skip 8

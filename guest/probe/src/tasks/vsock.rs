@@ -14,7 +14,7 @@ const HEADER: usize = 44;
 const PAYLOAD: usize = 4096;
 const TYPE_STREAM: u16 = 1;
 /// What we tell the host that we can take.
-const BUF_ALLOC: u32 = 65536;
+const BUF_ALLOC: u32 = 16384;
 const HELD: usize = BUF_ALLOC as usize;
 /// Receive buffers, each of two descriptors.
 const BUFFERS: usize = RING / 2;
