@@ -74,3 +74,21 @@ fn there_is_a_pit_when_asked_and_only_then() {
     let none = Vm::probe("probe.task=pit").run().unwrap();
     none.assert_line("probe: pit FAIL: counter 2 has no switch");
 }
+
+/// What the host types arrives whole, also where it is more than the port holds at a time.
+#[test]
+fn a_line_typed_on_the_console_reaches_the_guest() {
+    let line: String = ('a'..='z').cycle().take(1000).collect();
+    for jailed in [false, true] {
+        let mut vm = Vm::probe("probe.task=serial");
+        if !jailed {
+            vm = vm.unjailed();
+        }
+        let mut vm = vm.start().unwrap();
+        vm.wait_for_line("probe: type a line").unwrap();
+        vm.write(format!("{line}\n").as_bytes()).unwrap();
+        let done = vm.wait().unwrap();
+        done.assert_line(&format!("probe: heard {line}"));
+        done.assert_line("probe: serial ok");
+    }
+}

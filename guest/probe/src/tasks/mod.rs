@@ -4,10 +4,11 @@ mod blk;
 mod net;
 mod pit;
 mod rng;
+mod serial;
 mod vsock;
 
 use crate::cmdline::Cmdline;
-use crate::{machine, serial};
+use crate::machine;
 
 /// Why a task failed, for the last line.
 pub type Failure = &'static str;
@@ -18,9 +19,10 @@ pub fn run(name: &str, cmdline: &Cmdline) -> Result<(), Failure> {
         "boot" => Ok(()),
         // Busy for good, so that a test can see how a spinning guest is ended.
         "spin" => {
-            serial::line(format_args!("probe: spin"));
+            crate::serial::line(format_args!("probe: spin"));
             machine::spin()
         }
+        "serial" => serial::run(),
         "blk" => blk::run(cmdline),
         "rng" => rng::run(cmdline),
         "vsock" => vsock::echo(cmdline),
