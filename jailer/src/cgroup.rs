@@ -209,6 +209,7 @@ fn try_make_directories(mount: &Path, path: &Path, enable: &[&str], made: &mut M
                 .split_whitespace()
                 .any(|name| name == *controller);
             if !enabled {
+                refuse_if_occupied(&holder)?;
                 write(&file, &format!("+{controller}"))?;
             }
         }
@@ -227,6 +228,21 @@ fn try_make_directories(mount: &Path, path: &Path, enable: &[&str], made: &mut M
         holder = directory;
     }
     Ok(())
+}
+
+/// A version 2 cgroup with processes gives domain controllers to no cgroup in it, and by others it would become
+/// threaded, which no process could then enter. The hierarchy's root alone may do both (cgroups(7)), and has no type.
+fn refuse_if_occupied(holder: &Path) -> Result<()> {
+    let file = holder.join("cgroup.procs");
+    let processes = std::fs::read_to_string(&file).doing("read", file.display().to_string())?;
+    if processes.is_empty() || !holder.join("cgroup.type").exists() {
+        return Ok(());
+    }
+    refused(
+        format!("cgroup {}", holder.display()),
+        "it has processes of its own, so cgroups in it can have no limits: move them into a cgroup beside, or choose \
+         another --parent-cgroup",
+    )
 }
 
 /// Two machines of one name would share one budget, and the first to end would remove it.

@@ -1,5 +1,6 @@
 //! The linux tier: an unmodified distribution kernel, driven as a user would drive it.
 
+mod cgroups;
 mod devices;
 mod discard;
 mod ending;
