@@ -30,3 +30,16 @@ pub fn unique_id(prefix: &str) -> String {
     let number = NEXT.fetch_add(1, Ordering::Relaxed);
     format!("{prefix}-{}-{number}", std::process::id())
 }
+
+/// The version of Landlock that this host has, 0 without it. What it governs depends on it.
+pub fn landlock_abi() -> u64 {
+    let output = Casemate::new().command(&["doctor", "--json"]).output();
+    // A harness that cannot ask has nothing to test with.
+    let output = output.unwrap_or_else(|error| panic!("casemate doctor: {error}"));
+    let report: serde_json::Value = serde_json::from_slice(&output.stdout)
+        .unwrap_or_else(|error| panic!("casemate doctor --json: {error}"));
+    report
+        .pointer("/landlock/abi")
+        .and_then(serde_json::Value::as_u64)
+        .unwrap_or(0)
+}

@@ -4,6 +4,7 @@
 
 use super::Failure;
 use crate::cmdline::Cmdline;
+use crate::machine::wait_for;
 use crate::serial;
 use crate::virtio::{Buffer, Device};
 
@@ -65,8 +66,11 @@ pub fn run(cmdline: &Cmdline) -> Result<(), Failure> {
     if drive.request(GET_ID, 0, Some(Buffer::into(&mut id)))? != OK {
         return Err("get-id failed");
     }
-    if device.take_interrupts() & 1 == 0 || device.take_interrupts() != 0 {
-        return Err("the request raised no interrupt, or acknowledging it did nothing");
+    // It comes a moment after what it tells of.
+    wait_for(|| device.take_interrupts() & 1 != 0)
+        .map_err(|_| "the request raised no interrupt")?;
+    if device.take_interrupts() != 0 {
+        return Err("acknowledging the interrupt did nothing");
     }
     let text = id.split(|&byte| byte == 0).next().unwrap_or_default();
     let text = core::str::from_utf8(text).unwrap_or("?");
