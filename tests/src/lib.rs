@@ -9,6 +9,7 @@
 //! ```
 
 mod disk;
+mod kernels;
 mod leftovers;
 mod netns;
 mod process;
@@ -17,6 +18,7 @@ mod vm;
 
 pub use casemate_broker::exit;
 pub use disk::{pattern_disk, pattern_word};
+pub use kernels::broken_kernels;
 pub use netns::Netns;
 pub use process::{Finished, Running};
 pub use run::{Casemate, kernel_file, packaged_kernel, rootfs};

@@ -3,7 +3,7 @@
 use std::fs;
 use std::path::Path;
 
-use casemate_tests::{Casemate, Finished, Running, bin, exit, unique_id};
+use casemate_tests::{Casemate, Finished, Running, bin, broken_kernels, exit, unique_id};
 use nix::sys::signal::Signal;
 use serde_json::Value;
 
@@ -71,33 +71,11 @@ fn a_kernel_file_that_is_not_there_or_no_file() {
 
 #[test]
 fn kernels_that_are_none() {
-    let probe = fs::read(bin("casemate-probe")).unwrap();
-    // A header with the longest payload that it can claim, and an ELF whose segment claims 100 GB.
-    let mut bzimage = vec![0u8; 8192];
-    bzimage[0x1f1] = 4;
-    bzimage[0x1fe..0x200].copy_from_slice(&[0x55, 0xaa]);
-    bzimage[0x202..0x206].copy_from_slice(b"HdrS");
-    bzimage[0x206..0x208].copy_from_slice(&0x20fu16.to_le_bytes());
-    bzimage[0x211] = 1;
-    bzimage[0x24c..0x250].copy_from_slice(&u32::MAX.to_le_bytes());
-    let mut huge = probe.clone();
-    huge[64 + 32..64 + 40].copy_from_slice(&100_000_000_000u64.to_le_bytes());
-    huge[64 + 40..64 + 48].copy_from_slice(&100_000_000_000u64.to_le_bytes());
-    let dir = tempfile::tempdir().unwrap();
-    let cases: [(&str, &[u8]); 6] = [
-        ("empty", b""),
-        ("text", b"This is not a kernel.\n"),
-        ("short", &probe[..60]),
-        ("half", &probe[..probe.len() / 2]),
-        ("bzimage", &bzimage),
-        ("huge", &huge),
-    ];
-    for (name, bytes) in cases {
-        let kernel = dir.path().join(name);
-        fs::write(&kernel, bytes).unwrap();
+    let (_dir, kernels) = broken_kernels();
+    for kernel in kernels {
         let done = Casemate::new().run_bare(&kernel, &[]);
         done.assert_refused(FAILED, &["kernel"]);
-        assert_eq!(done.stdout, "", "{name}");
+        assert_eq!(done.stdout, "", "{}", kernel.display());
     }
 }
 
