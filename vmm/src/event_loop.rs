@@ -31,6 +31,9 @@ pub enum Error {
         /// What the kernel said.
         source: io::Error,
     },
+    /// More devices than a token can name.
+    #[error("there are too many devices for one event loop")]
+    Full,
     /// `epoll_wait` failed.
     #[error("cannot wait for events (epoll_wait): {0}")]
     Wait(#[source] io::Error),
@@ -51,6 +54,8 @@ pub enum Token {
         /// Index of the device in its worker.
         device: u16,
     },
+    /// The control thread wants something of the worker.
+    Request,
     /// A descriptor that the device watches itself is ready.
     Device {
         /// Index of the device in its worker.
@@ -63,6 +68,7 @@ pub enum Token {
 const KIND_QUEUE: u64 = 1;
 const KIND_COMMAND: u64 = 2;
 const KIND_DEVICE: u64 = 3;
+const KIND_REQUEST: u64 = 4;
 
 impl Token {
     /// The token as `epoll_event.data`: kind, device and key in bits 48, 32 and 0.
@@ -71,6 +77,7 @@ impl Token {
             Token::Queue { device, queue } => (KIND_QUEUE, device, u32::from(queue)),
             Token::Command { device } => (KIND_COMMAND, device, 0),
             Token::Device { device, key } => (KIND_DEVICE, device, key),
+            Token::Request => (KIND_REQUEST, 0, 0),
         };
         (kind << 48) | (u64::from(device) << 32) | u64::from(key)
     }
@@ -85,6 +92,7 @@ impl Token {
             }),
             KIND_COMMAND => Some(Token::Command { device }),
             KIND_DEVICE => Some(Token::Device { device, key }),
+            KIND_REQUEST => Some(Token::Request),
             _ => None,
         }
     }
@@ -120,6 +128,11 @@ impl EventLoop {
             EventSet::IN,
             token.to_data(),
         )
+    }
+
+    /// Reports nothing about `fd` any more.
+    pub fn unwatch(&self, fd: &impl AsRawFd) {
+        unwatch(&self.epoll, fd);
     }
 
     /// What a device with this index watches its own descriptors with.
@@ -186,15 +199,13 @@ impl Registrar {
 
     /// Reports nothing about `fd` any more. (Closing the last descriptor of a file does it too.)
     pub fn unwatch(&self, fd: &(impl AsRawFd + ?Sized)) {
-        // It fails only if the descriptor is not watched, which is what was asked for.
-        let _ = control(
-            &self.epoll,
-            ControlOperation::Delete,
-            fd,
-            EventSet::empty(),
-            0,
-        );
+        unwatch(&self.epoll, fd);
     }
+}
+
+fn unwatch(epoll: &Epoll, fd: &(impl AsRawFd + ?Sized)) {
+    // It fails only if the descriptor is not watched, which is what was asked for.
+    let _ = control(epoll, ControlOperation::Delete, fd, EventSet::empty(), 0);
 }
 
 fn control(
@@ -223,6 +234,7 @@ mod tests {
                 queue: 2,
             },
             Token::Command { device: u16::MAX },
+            Token::Request,
             Token::Device {
                 device: 3,
                 key: u32::MAX,

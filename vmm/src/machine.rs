@@ -125,6 +125,7 @@ struct Window {
     info: MmioDeviceInfo,
     irq: EventFd,
     transport: Arc<MmioTransport>,
+    device: Box<dyn VirtioDevice>,
 }
 
 /// Builds the machine of `config`.
@@ -198,7 +199,7 @@ pub fn build(config: &Config, resources: Resources) -> Result<Machine, Error> {
     // Last: from the first one on, changing a memslot waits for milliseconds.
     for window in &windows {
         let address = window.info.base.saturating_add(QUEUE_NOTIFY);
-        for (queue, notifier) in (0..).zip(window.transport.queue_notifiers()) {
+        for (queue, notifier) in (0..).zip(window.transport.endpoint().notifiers()) {
             vm.register_ioeventfd(notifier, address, queue)?;
         }
     }
@@ -285,7 +286,8 @@ fn windows(
                     gsi,
                 },
                 irq,
-                transport: MmioTransport::new(device, memory.clone(), device_irq)?,
+                transport: MmioTransport::new(device.as_ref(), memory.clone(), device_irq)?,
+                device,
             })
         })
         .collect()
@@ -369,7 +371,7 @@ fn worker(windows: Vec<Window>) -> Result<Option<DeviceWorker>, Error> {
     }
     let mut worker = DeviceWorker::new()?;
     for window in windows {
-        worker.add(window.transport)?;
+        worker.add(Arc::clone(window.transport.endpoint()), window.device)?;
     }
     Ok(Some(worker))
 }

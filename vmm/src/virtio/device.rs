@@ -6,7 +6,9 @@ use std::sync::Arc;
 use log::Level;
 use thiserror::Error;
 
+use super::config_space::ConfigSpace;
 use super::queue::{self, Progress, Queue, QueueStates, Signal};
+use super::update::{Answer, Update, UpdateError};
 use crate::event_loop::{self, EventSet, Registrar};
 use crate::memory::GuestMemory;
 
@@ -26,10 +28,20 @@ pub enum DeviceType {
     Net = 1,
     /// Block device (section 5.2).
     Block = 2,
+    /// Console (section 5.3).
+    Console = 3,
     /// Entropy device (section 5.4).
     Entropy = 4,
+    /// Memory balloon (section 5.5).
+    Balloon = 5,
     /// Socket device (section 5.10).
     Vsock = 19,
+    /// Memory device (section 5.15).
+    Mem = 24,
+    /// Shared file system (section 5.11).
+    Fs = 26,
+    /// Persistent memory (section 5.19).
+    Pmem = 27,
 }
 
 /// What a device is, fixed for its life.
@@ -99,9 +111,9 @@ pub trait VirtioDevice: Send {
     /// What it is. The same at every call.
     fn traits(&self) -> Traits;
 
-    /// Its configuration space (section 2.5): read once by the transport, which serves it to the
-    /// driver. No field of any device here can be written by the driver or changes.
-    fn config(&self) -> Vec<u8>;
+    /// Its configuration space (section 2.5), which the transport serves to the driver. Asked for
+    /// once.
+    fn config(&self) -> Arc<ConfigSpace>;
 
     /// Runs with `queues` and the `features` that the driver accepted. Only called while stopped.
     /// Every queue is announced by an [`Event::Queue`] afterwards, so it need not look into them.
@@ -119,6 +131,14 @@ pub trait VirtioDevice: Send {
     /// # Errors
     /// When the driver broke a queue. The device is then stopped and waits for a reset.
     fn handle(&mut self, event: Event) -> Result<Progress, Error>;
+
+    /// Does what the operator asks for, running or not: a bounded amount of work.
+    ///
+    /// # Errors
+    /// When this kind of device cannot, or the host refuses; the device then is as it was before.
+    fn update(&mut self, update: Update) -> Result<Answer, UpdateError> {
+        Err(UpdateError::NotThisDevice(update.name()))
+    }
 }
 
 /// The states of running queues.

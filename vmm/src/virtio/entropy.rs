@@ -1,12 +1,16 @@
 //! The entropy device (virtio 1.2, section 5.4): the host's random numbers for the guest.
 
+use std::sync::Arc;
+
 use log::debug;
 use vm_memory::Permissions;
 
 use super::chain::Chain;
+use super::config_space::ConfigSpace;
 use super::device::{self, DeviceIo, DeviceType, Event, Queues, Traits, VirtioDevice, states};
 use super::queue::{Progress, QueueStates, Verdict};
 use super::rate_limiter::{LimiterOptions, RateLimiter};
+use super::update::{Answer, Update, UpdateError};
 use crate::memory::GuestMemory;
 use crate::memory::iovec::IoVecBuffer;
 
@@ -44,8 +48,8 @@ impl VirtioDevice for Entropy {
         }
     }
 
-    fn config(&self) -> Vec<u8> {
-        Vec::new()
+    fn config(&self) -> Arc<ConfigSpace> {
+        Arc::default()
     }
 
     fn start(&mut self, queues: Queues, _: u64, io: DeviceIo) -> Result<(), device::Error> {
@@ -73,6 +77,13 @@ impl VirtioDevice for Entropy {
             Ok(Verdict::Used(len))
         })?;
         Ok(progress)
+    }
+
+    fn update(&mut self, update: Update) -> Result<Answer, UpdateError> {
+        match update {
+            Update::Limits(limits) => self.limiter.update(limits),
+        }
+        Ok(Answer::Done)
     }
 }
 

@@ -6,12 +6,14 @@
 
 pub mod block;
 pub mod chain;
+pub mod config_space;
 pub mod device;
 pub mod entropy;
 pub mod net;
 pub mod queue;
 pub mod rate_limiter;
 pub mod transport;
+pub mod update;
 pub mod vsock;
 pub mod worker;
 
@@ -21,9 +23,10 @@ mod stress_tests;
 mod testing;
 
 pub use block::{Block, BlockOptions, CacheType};
+pub use config_space::ConfigSpace;
 pub use device::VirtioDevice;
 pub use entropy::Entropy;
 pub use net::{Net, NetOptions};
 pub use transport::mmio::MmioTransport;
 pub use vsock::{Vsock, VsockOptions};
-pub use worker::DeviceWorker;
+pub use worker::{DeviceWorker, WorkerHandle};

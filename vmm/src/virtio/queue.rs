@@ -11,8 +11,8 @@ use vm_memory::{Bytes as _, GuestAddress, GuestMemory as _, Permissions};
 use super::chain::{self, Chain};
 use crate::memory::GuestMemory;
 
-/// Most queues that a device has.
-pub const MAX_QUEUES: usize = 3;
+/// Most queues that a device has: eight pairs of a network card, and its control queue.
+pub const MAX_QUEUES: usize = 17;
 
 /// All that a queue is, as plain data. A fresh one has both indices zero.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -99,11 +99,13 @@ pub enum Error {
     },
 }
 
-/// How a device tells the driver that it used buffers of a queue. A transport makes an interrupt
-/// of it; a test counts.
+/// How a device tells its driver that there is news. A transport makes an interrupt of it; a test
+/// counts.
 pub trait Signal: Send + Sync {
     /// The used ring of `queue` has news that the driver wants to hear about.
     fn used(&self, queue: u16);
+    /// The configuration space, or the status register by itself, has changed.
+    fn config_changed(&self);
 }
 
 /// What became of a chain.

@@ -26,6 +26,10 @@ pub struct LimiterOptions {
     pub ops: Option<BucketOptions>,
 }
 
+/// Changes to a device's limits: a bucket that is given replaces the one there is, full; one that is
+/// not stays as it is. A bucket that holds nothing, or fills at once, ends the limit.
+pub type LimiterUpdate = LimiterOptions;
+
 /// A device's limits, and how far they are used up.
 #[derive(Debug, Default)]
 pub struct RateLimiter {
@@ -36,16 +40,24 @@ pub struct RateLimiter {
 impl RateLimiter {
     /// Full buckets.
     pub fn new(options: LimiterOptions) -> Self {
+        let mut limiter = Self::default();
+        limiter.update(options);
+        limiter
+    }
+
+    /// Changes the limits. What they held back is asked again when it was to be, at the latest.
+    pub fn update(&mut self, update: LimiterUpdate) {
         let now = Instant::now();
-        let bucket = |options: Option<BucketOptions>| {
-            options
+        let buckets = [
+            (&mut self.bandwidth, update.bandwidth),
+            (&mut self.ops, update.ops),
+        ];
+        for (bucket, options) in buckets {
+            if let Some(options) = options {
                 // As in Firecracker: a bucket that holds nothing, or fills at once, limits nothing.
-                .filter(|bucket| bucket.size > 0 && !bucket.refill_time.is_zero())
-                .map(|options| Bucket::new(options, now))
-        };
-        Self {
-            bandwidth: bucket(options.bandwidth),
-            ops: bucket(options.ops),
+                let limits = options.size > 0 && !options.refill_time.is_zero();
+                *bucket = limits.then(|| Bucket::new(options, now));
+            }
         }
     }
 

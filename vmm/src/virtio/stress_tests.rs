@@ -303,8 +303,10 @@ fn no_guest_and_no_host_can_break_the_devices() {
         .into_iter()
         .map(|device| {
             let irq = EventFd::new(EFD_NONBLOCK).unwrap();
-            let transport = MmioTransport::new(device, memory.clone(), irq).unwrap();
-            worker.add(Arc::clone(&transport)).unwrap();
+            let transport = MmioTransport::new(device.as_ref(), memory.clone(), irq).unwrap();
+            worker
+                .add(Arc::clone(transport.endpoint()), device)
+                .unwrap();
             transport
         })
         .collect();

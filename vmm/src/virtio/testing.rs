@@ -160,17 +160,28 @@ impl Driver {
 
 /// Counts signals instead of interrupting anybody.
 #[derive(Default)]
-pub struct Counter(AtomicUsize);
+pub struct Counter {
+    used: AtomicUsize,
+    config: AtomicUsize,
+}
 
 impl Counter {
     pub fn count(&self) -> usize {
-        self.0.load(Ordering::SeqCst)
+        self.used.load(Ordering::SeqCst)
+    }
+
+    #[allow(dead_code, reason = "for devices whose configuration changes")]
+    pub fn config_changes(&self) -> usize {
+        self.config.load(Ordering::SeqCst)
     }
 }
 
 impl Signal for Counter {
     fn used(&self, _: u16) {
-        self.0.fetch_add(1, Ordering::SeqCst);
+        self.used.fetch_add(1, Ordering::SeqCst);
+    }
+    fn config_changed(&self) {
+        self.config.fetch_add(1, Ordering::SeqCst);
     }
 }
 

@@ -8,14 +8,69 @@ use log::{debug, error, log};
 
 use super::device::{self, DeviceIo, EVENT_IDX, Event, LogBudget, Queues, VirtioDevice};
 use super::queue::{Progress, Queue, QueueStates};
-use super::transport::mailbox::Command;
-use super::transport::mmio::MmioTransport;
+use super::transport::endpoint::{Command, Endpoint};
+use super::transport::mailbox::Mailbox;
+use super::update::{Answer, Update, UpdateError};
 use crate::event_loop::{self, EventLoop, Token};
 use crate::memory::GuestMemory;
 
+/// What the control thread asks of the device thread.
+enum Request {
+    Add(Arc<Endpoint>, Box<dyn VirtioDevice>),
+    Remove(u16),
+    Update(u16, Update),
+}
+
+/// What comes of it.
+enum Response {
+    Added(Result<u16, event_loop::Error>),
+    Removed(Option<Box<dyn VirtioDevice>>),
+    Updated(Result<Answer, UpdateError>),
+}
+
+/// The control thread's way to the devices on a device thread. Every call waits for its answer.
+#[derive(Clone)]
+pub struct WorkerHandle(Arc<Mailbox<Request, Response>>);
+
+impl WorkerHandle {
+    /// Changes the device with this index.
+    ///
+    /// # Errors
+    /// When there is no such device, or it cannot be changed so.
+    pub fn update(&self, device: u16, update: Update) -> Result<Answer, UpdateError> {
+        match self.0.ask(Request::Update(device, update)) {
+            Some(Response::Updated(result)) => result,
+            _ => Err(UpdateError::NoThread),
+        }
+    }
+
+    /// Gives the thread one more device and returns its index; `None` when the thread has ended.
+    ///
+    /// # Errors
+    /// When the kernel refuses to watch its doorbells, or there are too many devices.
+    pub fn add(
+        &self,
+        endpoint: Arc<Endpoint>,
+        device: Box<dyn VirtioDevice>,
+    ) -> Option<Result<u16, event_loop::Error>> {
+        match self.0.ask(Request::Add(endpoint, device)) {
+            Some(Response::Added(result)) => Some(result),
+            _ => None,
+        }
+    }
+
+    /// Stops the device with this index and takes it away, if there is one.
+    pub fn remove(&self, device: u16) -> Option<Box<dyn VirtioDevice>> {
+        match self.0.ask(Request::Remove(device)) {
+            Some(Response::Removed(device)) => device,
+            _ => None,
+        }
+    }
+}
+
 /// A device and how to reach its driver.
 struct Slot {
-    transport: Arc<MmioTransport>,
+    endpoint: Arc<Endpoint>,
     device: Box<dyn VirtioDevice>,
     running: bool,
     /// What it was doing when its budget was used up, to be called again with.
@@ -28,51 +83,88 @@ struct Slot {
 /// Runs devices on the thread that calls [`DeviceWorker::run`].
 pub struct DeviceWorker {
     events: EventLoop,
-    slots: Vec<Slot>,
+    requests: Arc<Mailbox<Request, Response>>,
+    /// By index; free where a device was taken away.
+    slots: Vec<Option<Slot>>,
 }
 
 impl DeviceWorker {
     /// A worker without devices.
     ///
     /// # Errors
-    /// When the kernel gives no epoll descriptor.
+    /// When the kernel gives no epoll descriptor, or no eventfd.
     pub fn new() -> Result<Self, event_loop::Error> {
+        let events = EventLoop::new()?;
+        let requests = Arc::new(Mailbox::new().map_err(event_loop::Error::Create)?);
+        events.watch(requests.doorbell(), Token::Request)?;
         Ok(Self {
-            events: EventLoop::new()?,
+            events,
+            requests,
             slots: Vec::new(),
         })
     }
 
-    /// Takes over the device of `transport`. A transport is added to one worker, once.
+    /// The control thread's way to it.
+    pub fn handle(&self) -> WorkerHandle {
+        WorkerHandle(Arc::clone(&self.requests))
+    }
+
+    /// Takes over `device`, whose transport has `endpoint`, and returns its index.
     ///
     /// # Errors
     /// When the kernel refuses to watch its doorbells.
-    pub fn add(&mut self, transport: Arc<MmioTransport>) -> Result<(), event_loop::Error> {
-        let Some(device) = transport.take_device() else {
-            return Ok(());
-        };
-        // There are fewer interrupt pins than a u16 counts.
-        let index = self.slots.len() as u16;
-        self.events.watch(
-            transport.mailbox().doorbell(),
-            Token::Command { device: index },
-        )?;
-        for (queue, notifier) in (0..).zip(transport.queue_notifiers()) {
-            let token = Token::Queue {
-                device: index,
-                queue,
-            };
-            self.events.watch(notifier, token)?;
+    pub fn add(
+        &mut self,
+        endpoint: Arc<Endpoint>,
+        device: Box<dyn VirtioDevice>,
+    ) -> Result<u16, event_loop::Error> {
+        let free = self.slots.iter().position(Option::is_none);
+        let index = free.unwrap_or(self.slots.len());
+        let device_index = u16::try_from(index).map_err(|_| event_loop::Error::Full)?;
+        let watched = self.watch(&endpoint, device_index);
+        if let Err(error) = watched {
+            self.unwatch(&endpoint);
+            return Err(error);
         }
-        self.slots.push(Slot {
-            transport,
+        let slot = Some(Slot {
+            endpoint,
             device,
             running: false,
             unfinished: VecDeque::new(),
             held_back: Vec::new(),
             failures: LogBudget::default(),
         });
+        match self.slots.get_mut(index) {
+            Some(place) => *place = slot,
+            None => self.slots.push(slot),
+        }
+        Ok(device_index)
+    }
+
+    fn watch(&self, endpoint: &Endpoint, device: u16) -> Result<(), event_loop::Error> {
+        let doorbell = endpoint.mailbox().doorbell();
+        self.events.watch(doorbell, Token::Command { device })?;
+        for (queue, notifier) in (0..).zip(endpoint.notifiers()) {
+            self.events
+                .watch(notifier, Token::Queue { device, queue })?;
+        }
         Ok(())
+    }
+
+    fn unwatch(&self, endpoint: &Endpoint) {
+        self.events.unwatch(endpoint.mailbox().doorbell());
+        for notifier in endpoint.notifiers() {
+            self.events.unwatch(notifier);
+        }
+    }
+
+    /// Stops a device and lets it go. Its transport gets no answers any more.
+    fn remove(&mut self, index: u16) -> Option<Box<dyn VirtioDevice>> {
+        let mut slot = self.slots.get_mut(usize::from(index))?.take()?;
+        slot.stop();
+        self.unwatch(&slot.endpoint);
+        slot.endpoint.mailbox().close();
+        Some(slot.device)
     }
 
     /// The body of the device thread. It returns only if the event loop fails, which is then
@@ -94,6 +186,7 @@ impl DeviceWorker {
                 }
             }
             for (device, slot) in (0..).zip(&mut self.slots) {
+                let Some(slot) = slot else { continue };
                 slot.release_due();
                 if let Some(event) = slot.unfinished.pop_front() {
                     slot.handle(device, event);
@@ -104,10 +197,11 @@ impl DeviceWorker {
 
     /// How long to wait for events: not at all with work left over, else until a rate limit ends.
     fn timeout(&self) -> Option<Duration> {
-        if self.slots.iter().any(|slot| !slot.unfinished.is_empty()) {
+        let mut slots = self.slots.iter().flatten();
+        if slots.any(|slot| !slot.unfinished.is_empty()) {
             return Some(Duration::ZERO);
         }
-        let held_back = self.slots.iter().flat_map(|slot| &slot.held_back);
+        let held_back = self.slots.iter().flatten().flat_map(|slot| &slot.held_back);
         let next = held_back.map(|(_, until)| *until).min()?;
         Some(next.saturating_duration_since(Instant::now()))
     }
@@ -115,31 +209,32 @@ impl DeviceWorker {
     fn dispatch(&mut self, token: Token, events: event_loop::EventSet) {
         match token {
             Token::Queue { device, queue } => {
-                if let Some(slot) = self.slots.get(usize::from(device))
-                    && let Some(notifier) = slot.transport.queue_notifiers().get(usize::from(queue))
+                if let Some(Some(slot)) = self.slots.get(usize::from(device))
+                    && let Some(notifier) = slot.endpoint.notifiers().get(usize::from(queue))
                 {
                     // Level-triggered: read it, or it wakes us for ever.
                     let _ = notifier.read();
                 }
-                self.handle(device, Event::Queue(queue));
+                self.deliver(device, Event::Queue(queue));
             }
-            Token::Device { device, key } => self.handle(device, Event::Ready { key, events }),
+            Token::Device { device, key } => self.deliver(device, Event::Ready { key, events }),
             Token::Command { device } => self.command(device),
+            Token::Request => self.request(),
         }
     }
 
-    fn handle(&mut self, index: u16, event: Event) {
-        if let Some(slot) = self.slots.get_mut(usize::from(index)) {
+    fn deliver(&mut self, index: u16, event: Event) {
+        if let Some(Some(slot)) = self.slots.get_mut(usize::from(index)) {
             slot.handle(index, event);
         }
     }
 
     /// Does what the transport asks for, and lets the vCPU go on.
     fn command(&mut self, index: u16) {
-        let Some(slot) = self.slots.get_mut(usize::from(index)) else {
+        let Some(Some(slot)) = self.slots.get_mut(usize::from(index)) else {
             return;
         };
-        let Some(command) = slot.transport.mailbox().take() else {
+        let Some(command) = slot.endpoint.mailbox().take() else {
             return;
         };
         let success = match command {
@@ -163,16 +258,37 @@ impl DeviceWorker {
                 true
             }
         };
-        slot.transport.mailbox().answer(success);
+        slot.endpoint.mailbox().answer(success);
+    }
+
+    /// Does what the control thread asks for.
+    fn request(&mut self) {
+        let Some(request) = self.requests.take() else {
+            return;
+        };
+        let response = match request {
+            Request::Add(endpoint, device) => Response::Added(self.add(endpoint, device)),
+            Request::Remove(index) => Response::Removed(self.remove(index)),
+            Request::Update(index, update) => {
+                let slot = self.slots.get_mut(usize::from(index));
+                let slot = slot.and_then(Option::as_mut);
+                Response::Updated(match slot {
+                    Some(slot) => slot.update(update),
+                    None => Err(UpdateError::NoDevice),
+                })
+            }
+        };
+        self.requests.answer(response);
     }
 }
 
 impl Drop for DeviceWorker {
     fn drop(&mut self) {
-        for slot in &mut self.slots {
+        for slot in self.slots.iter_mut().flatten() {
             slot.stop();
-            slot.transport.mailbox().close();
+            slot.endpoint.mailbox().close();
         }
+        self.requests.close();
     }
 }
 
@@ -184,12 +300,12 @@ impl Slot {
         states: &QueueStates,
         events: &EventLoop,
     ) -> Result<(), device::Error> {
-        let memory = self.transport.memory();
+        let memory = self.endpoint.memory();
         let sizes = self.device.traits().queue_sizes;
         let queues = queues(states, sizes, features, memory)?;
         let io = DeviceIo {
             memory: memory.clone(),
-            signal: self.transport.signal(),
+            signal: Arc::clone(self.endpoint.signal()),
             events: events.registrar(index),
         };
         self.device.start(queues, features, io)?;
@@ -212,9 +328,18 @@ impl Slot {
             }
             Err(error) => {
                 self.fail(index, &error);
-                self.transport.set_needs_reset();
+                self.endpoint.set_needs_reset();
             }
         }
+    }
+
+    /// What a limit held back may go on under a new one, or with something else that changed.
+    fn update(&mut self, update: Update) -> Result<Answer, UpdateError> {
+        let answer = self.device.update(update)?;
+        for (event, _) in std::mem::take(&mut self.held_back) {
+            self.leave(event);
+        }
+        Ok(answer)
     }
 
     fn leave(&mut self, event: Event) {

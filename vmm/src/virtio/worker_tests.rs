@@ -1,7 +1,10 @@
 use super::*;
 use crate::bus::BusDevice;
+use crate::virtio::config_space::ConfigSpace;
 use crate::virtio::device::{DeviceType, Traits};
+use crate::virtio::rate_limiter::LimiterOptions;
 use crate::virtio::testing::memory;
+use crate::virtio::transport::mmio::MmioTransport;
 use std::sync::Mutex;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
@@ -21,8 +24,8 @@ impl VirtioDevice for Busy {
             queue_sizes: self.queues,
         }
     }
-    fn config(&self) -> Vec<u8> {
-        Vec::new()
+    fn config(&self) -> Arc<ConfigSpace> {
+        Arc::default()
     }
     fn start(&mut self, _: Queues, _: u64, _: DeviceIo) -> Result<(), device::Error> {
         Ok(())
@@ -33,6 +36,9 @@ impl VirtioDevice for Busy {
     fn handle(&mut self, _: Event) -> Result<Progress, device::Error> {
         self.turns.lock().unwrap().push(self.name);
         Ok((self.progress)())
+    }
+    fn update(&mut self, _: Update) -> Result<Answer, UpdateError> {
+        Ok(Answer::Done)
     }
 }
 
@@ -56,8 +62,10 @@ fn a_busy_device_does_not_starve_another() {
             progress: || Progress::More,
         };
         let irq = EventFd::new(EFD_NONBLOCK).unwrap();
-        let transport = MmioTransport::new(Box::new(device), memory(), irq).unwrap();
-        worker.add(Arc::clone(&transport)).unwrap();
+        let transport = MmioTransport::new(&device, memory(), irq).unwrap();
+        worker
+            .add(Arc::clone(transport.endpoint()), Box::new(device))
+            .unwrap();
         transports.push(transport);
     }
     std::thread::spawn(move || worker.run());
@@ -93,8 +101,10 @@ fn what_a_rate_limit_holds_back_goes_on_in_time_and_not_before() {
         progress: || Progress::Later(Instant::now() + HELD_BACK),
     };
     let irq = EventFd::new(EFD_NONBLOCK).unwrap();
-    let transport = MmioTransport::new(Box::new(device), memory(), irq).unwrap();
-    worker.add(Arc::clone(&transport)).unwrap();
+    let transport = MmioTransport::new(&device, memory(), irq).unwrap();
+    worker
+        .add(Arc::clone(transport.endpoint()), Box::new(device))
+        .unwrap();
     std::thread::spawn(move || worker.run());
     let began = Instant::now();
     start(&transport);
@@ -112,4 +122,83 @@ fn what_a_rate_limit_holds_back_goes_on_in_time_and_not_before() {
     let stopped = turns.lock().unwrap().len();
     std::thread::sleep(HELD_BACK * 3);
     assert_eq!(turns.lock().unwrap().len(), stopped, "a reset forgets it");
+}
+
+/// A worker on a thread of its own, with one device that is held back for an hour.
+fn held_back() -> (WorkerHandle, Arc<MmioTransport>, Arc<Mutex<String>>) {
+    let turns: Arc<Mutex<String>> = Arc::default();
+    let mut worker = DeviceWorker::new().unwrap();
+    let device = Busy {
+        name: 'a',
+        queues: &[16],
+        turns: Arc::clone(&turns),
+        progress: || Progress::Later(Instant::now() + Duration::from_secs(3600)),
+    };
+    let irq = EventFd::new(EFD_NONBLOCK).unwrap();
+    let transport = MmioTransport::new(&device, memory(), irq).unwrap();
+    let index = worker.add(Arc::clone(transport.endpoint()), Box::new(device));
+    assert_eq!(index.unwrap(), 0);
+    let handle = worker.handle();
+    std::thread::spawn(move || worker.run());
+    start_and_kick(&transport);
+    (handle, transport, turns)
+}
+
+fn start_and_kick(transport: &Arc<MmioTransport>) {
+    start(transport);
+    transport.write(0x50, &0u32.to_le_bytes());
+}
+
+fn wait_for_turns(turns: &Mutex<String>, count: usize) {
+    for _ in 0..20_000 {
+        if turns.lock().unwrap().len() >= count {
+            return;
+        }
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    panic!("the device gets no turn");
+}
+
+#[test]
+fn a_new_limit_lets_go_on_what_the_old_one_held_back() {
+    let (handle, _transport, turns) = held_back();
+    let update = || Update::Limits(LimiterOptions::default());
+    wait_for_turns(&turns, 1);
+    let before = turns.lock().unwrap().len();
+    assert_eq!(handle.update(0, update()).unwrap(), Answer::Done);
+    wait_for_turns(&turns, before + 1);
+    let missing = handle.update(1, update());
+    assert!(matches!(missing, Err(UpdateError::NoDevice)), "{missing:?}");
+}
+
+#[test]
+fn devices_come_and_go_while_the_thread_runs() {
+    let (handle, transport, turns) = held_back();
+    wait_for_turns(&turns, 1);
+    let device = handle.remove(0).unwrap();
+    assert!(handle.remove(0).is_none());
+    // Its driver gets no answer, and does not wait for one.
+    transport.write(0x70, &0u32.to_le_bytes());
+    start(&transport);
+    let mut status = [0; 4];
+    transport.read(0x70, &mut status);
+    assert_eq!(u32::from_le_bytes(status), 15 | 64, "NEEDS_RESET");
+
+    let irq = EventFd::new(EFD_NONBLOCK).unwrap();
+    let transport = MmioTransport::new(device.as_ref(), memory(), irq).unwrap();
+    let added = handle.add(Arc::clone(transport.endpoint()), device);
+    assert_eq!(added.unwrap().unwrap(), 0, "the place is used again");
+    let before = turns.lock().unwrap().len();
+    start_and_kick(&transport);
+    wait_for_turns(&turns, before + 1);
+}
+
+#[test]
+fn nobody_waits_for_a_worker_that_has_ended() {
+    let worker = DeviceWorker::new().unwrap();
+    let handle = worker.handle();
+    drop(worker);
+    let update = handle.update(0, Update::Limits(LimiterOptions::default()));
+    assert!(matches!(update, Err(UpdateError::NoThread)), "{update:?}");
+    assert!(handle.remove(0).is_none());
 }

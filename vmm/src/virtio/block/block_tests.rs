@@ -230,7 +230,10 @@ fn only_files_and_block_devices_are_disks() {
     }
     let odd = options(0);
     odd.file.set_len(1023).unwrap();
-    assert_eq!(Block::new(odd).unwrap().config()[..8], 1u64.to_le_bytes());
+    assert_eq!(
+        Block::new(odd).unwrap().config().bytes()[..8],
+        1u64.to_le_bytes()
+    );
 }
 
 #[test]
@@ -291,7 +294,7 @@ fn what_a_guest_writes_to_its_disk_never_changes_what_the_disk_is() {
         limits: LimiterOptions::default(),
     };
     let mut rig = Rig::new(Block::new(again).unwrap());
-    assert_eq!(rig.device.config()[..8], 4_u64.to_le_bytes());
+    assert_eq!(rig.device.config().bytes()[..8], 4_u64.to_le_bytes());
     let read = request(&mut rig, T_IN, 0, &[(BUFFER, 512, true)]);
     assert_eq!(read, (S_OK, 513));
     assert_eq!(rig.drivers[0].get(BUFFER, 512), header);
@@ -393,7 +396,7 @@ fn ranges_have_a_largest_size() {
     let options = options(0);
     options.file.set_len(1 << 40).unwrap();
     let mut rig = rig(options);
-    let config = rig.device.config();
+    let config = rig.device.config().bytes();
     for (kind, at) in [(T_DISCARD, 36), (T_WRITE_ZEROES, 48)] {
         let most = u32::from_le_bytes(config[at..at + 4].try_into().unwrap());
         assert_eq!(deallocate(&mut rig, kind, &range(5, most, 0)), S_OK);

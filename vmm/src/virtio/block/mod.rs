@@ -7,6 +7,7 @@ use std::fs::File;
 use std::io::{self, Seek as _, SeekFrom};
 use std::os::fd::AsFd as _;
 use std::os::unix::fs::FileTypeExt as _;
+use std::sync::Arc;
 
 use log::{log, warn};
 use thiserror::Error;
@@ -15,11 +16,13 @@ use vm_memory::Permissions;
 use self::discard::{Kind, RANGE_LEN, Range};
 use self::lock::Lock;
 use super::chain::{self, Chain};
+use super::config_space::ConfigSpace;
 use super::device::{
     self, DeviceIo, DeviceType, Event, LogBudget, Queues, Traits, VirtioDevice, states,
 };
 use super::queue::{Progress, QueueStates, Verdict};
 use super::rate_limiter::{LimiterOptions, RateLimiter};
+use super::update::{Answer, Update, UpdateError};
 use crate::memory::GuestMemory;
 use crate::memory::iovec::{IoVecBuffer, IoVecs};
 
@@ -231,8 +234,8 @@ impl VirtioDevice for Block {
     }
 
     /// struct virtio_blk_config up to seg_max (section 5.2.4).
-    fn config(&self) -> Vec<u8> {
-        [
+    fn config(&self) -> Arc<ConfigSpace> {
+        let config = [
             &self.disk.sectors.to_le_bytes()[..],
             &SIZE_MAX.to_le_bytes(),
             &SEG_MAX.to_le_bytes(),
@@ -245,8 +248,8 @@ impl VirtioDevice for Block {
             &discard::MAX_RANGES.to_le_bytes(),
             // Zeros may take no room, if the guest says so.
             &[1, 0, 0, 0],
-        ]
-        .concat()
+        ];
+        ConfigSpace::new(config.concat())
     }
 
     fn start(&mut self, queues: Queues, _: u64, io: DeviceIo) -> Result<(), device::Error> {
@@ -284,6 +287,13 @@ impl VirtioDevice for Block {
             })
         })?;
         Ok(progress)
+    }
+
+    fn update(&mut self, update: Update) -> Result<Answer, UpdateError> {
+        match update {
+            Update::Limits(limits) => self.limiter.update(limits),
+        }
+        Ok(Answer::Done)
     }
 }
 

@@ -7,6 +7,7 @@
 use std::fs::File;
 use std::io::{self, Read as _};
 use std::os::fd::AsFd as _;
+use std::sync::Arc;
 
 use log::debug;
 use thiserror::Error;
@@ -15,6 +16,7 @@ use vm_memory::Permissions;
 use self::receive::{Delivery, FrameBuffer};
 use self::tap::Offloads;
 use super::chain::Chain;
+use super::config_space::ConfigSpace;
 use super::device::{self, DeviceIo, DeviceType, Event, Queues, Traits, VirtioDevice, states};
 use super::queue::{Progress, QueueStates, Verdict};
 use super::rate_limiter::{LimiterOptions, RateLimiter};
@@ -202,13 +204,13 @@ impl VirtioDevice for Net {
 
     /// struct virtio_net_config up to mtu (section 5.1.4); status and max_virtqueue_pairs belong to
     /// features that are not offered.
-    fn config(&self) -> Vec<u8> {
-        [
+    fn config(&self) -> Arc<ConfigSpace> {
+        let config = [
             &self.mac.unwrap_or_default()[..],
             &[0; 4],
             &self.mtu.unwrap_or_default().to_le_bytes(),
-        ]
-        .concat()
+        ];
+        ConfigSpace::new(config.concat())
     }
 
     fn start(&mut self, queues: Queues, features: u64, io: DeviceIo) -> Result<(), device::Error> {
@@ -253,7 +255,7 @@ impl Running {
         pieces: &mut IoVecBuffer,
         limiter: &mut RateLimiter,
     ) -> Result<Progress, device::Error> {
-        let [_, Some(queue), _] = &mut self.queues else {
+        let [_, Some(queue), ..] = &mut self.queues else {
             return Ok(Progress::Done);
         };
         let memory = &self.io.memory;

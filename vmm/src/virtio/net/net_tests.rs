@@ -12,7 +12,7 @@ impl VirtioDevice for Fake {
     fn traits(&self) -> Traits {
         self.0.traits()
     }
-    fn config(&self) -> Vec<u8> {
+    fn config(&self) -> std::sync::Arc<ConfigSpace> {
         self.0.config()
     }
     fn start(&mut self, queues: Queues, features: u64, io: DeviceIo) -> Result<(), device::Error> {
@@ -213,7 +213,7 @@ fn offers_what_it_is_configured_for() {
     let features = rig.device.traits().features;
     assert_eq!(features & (F_MAC | F_MTU), F_MAC | F_MTU);
     assert_eq!(features & (F_HOST_UFO | F_GUEST_UFO), 0);
-    let config = rig.device.config();
+    let config = rig.device.config().bytes();
     assert_eq!(config, [2, 0, 0, 0, 0, 7, 0, 0, 0, 0, 0x78, 5]);
     assert_eq!(
         offloads(F_GUEST_TSO4),

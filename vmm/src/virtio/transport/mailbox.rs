@@ -1,46 +1,32 @@
-//! How a vCPU has its device started or stopped: the work is done on the device thread, the vCPU
-//! waits. A vCPU makes no other system calls for it than a futex and a write to an eventfd.
+//! How one thread has another do something and waits for it: a vCPU has its device started or
+//! stopped by the device thread, the control thread has a device changed. The one who asks makes
+//! no other system calls for it than a futex and a write to an eventfd.
 
 use std::io;
+use std::mem;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-use crate::virtio::queue::QueueStates;
-
-/// What the device thread is asked to do.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Command {
-    /// Start the device.
-    Start {
-        /// What the driver accepted.
-        features: u64,
-        /// The queues as the driver configured them, unchecked.
-        queues: QueueStates,
-    },
-    /// Stop it; nothing may be in flight afterwards.
-    Stop,
-}
-
-#[derive(Clone, Copy)]
-enum Slot {
+enum Slot<C, A> {
     Empty,
-    Asked(Command),
+    Asked(C),
     /// Taken by the device thread, not yet answered.
     Taken,
-    Answered(bool),
+    Answered(A),
     /// The device thread is gone.
     Closed,
 }
 
-/// Room for one command and its answer. Only one vCPU asks at a time: it holds the registers.
-pub struct Mailbox {
-    slot: Mutex<Slot>,
+/// Room for one command and its answer. Only one thread asks at a time: a vCPU holds the registers,
+/// and there is one control thread.
+pub struct Mailbox<C, A> {
+    slot: Mutex<Slot<C, A>>,
     answered: Condvar,
     doorbell: EventFd,
 }
 
-impl Mailbox {
+impl<C, A> Mailbox<C, A> {
     /// An empty mailbox.
     ///
     /// # Errors
@@ -58,27 +44,28 @@ impl Mailbox {
         &self.doorbell
     }
 
-    fn lock(&self) -> MutexGuard<'_, Slot> {
+    fn lock(&self) -> MutexGuard<'_, Slot<C, A>> {
         self.slot.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Asks and waits for the answer: whether the command succeeded.
-    pub fn ask(&self, command: Command) -> bool {
+    /// Asks and waits for the answer; `None` when nobody is there to give one.
+    pub fn ask(&self, command: C) -> Option<A> {
         let mut slot = self.lock();
         if matches!(*slot, Slot::Closed) {
-            return false;
+            return None;
         }
         *slot = Slot::Asked(command);
         // It fails only if the counter is full; then the doorbell rings already.
         let _ = self.doorbell.write(1);
         loop {
-            match *slot {
-                Slot::Answered(success) => {
-                    *slot = Slot::Empty;
-                    return success;
+            match mem::replace(&mut *slot, Slot::Empty) {
+                Slot::Answered(answer) => return Some(answer),
+                Slot::Closed => {
+                    *slot = Slot::Closed;
+                    return None;
                 }
-                Slot::Closed => return false,
-                Slot::Empty | Slot::Asked(_) | Slot::Taken => {
+                waiting => {
+                    *slot = waiting;
                     slot = self
                         .answered
                         .wait(slot)
@@ -89,26 +76,26 @@ impl Mailbox {
     }
 
     /// Takes the command, if there is one. Each is answered with [`Mailbox::answer`].
-    pub fn take(&self) -> Option<Command> {
+    pub fn take(&self) -> Option<C> {
         // Nothing to read is fine: an earlier call may have seen the command.
         let _ = self.doorbell.read();
         let mut slot = self.lock();
-        match *slot {
-            Slot::Asked(command) => {
-                *slot = Slot::Taken;
-                Some(command)
+        match mem::replace(&mut *slot, Slot::Taken) {
+            Slot::Asked(command) => Some(command),
+            other => {
+                *slot = other;
+                None
             }
-            _ => None,
         }
     }
 
     /// Answers the command that was taken.
-    pub fn answer(&self, success: bool) {
-        *self.lock() = Slot::Answered(success);
+    pub fn answer(&self, answer: A) {
+        *self.lock() = Slot::Answered(answer);
         self.answered.notify_all();
     }
 
-    /// Answers every command from now on with a failure: nobody takes them any more.
+    /// Answers every command from now on with nothing: nobody takes them any more.
     pub fn close(&self) {
         *self.lock() = Slot::Closed;
         self.answered.notify_all();
@@ -132,19 +119,19 @@ mod tests {
                         None => std::thread::yield_now(),
                     }
                 };
-                assert_eq!(command, Command::Stop);
+                assert_eq!(command, "stop");
                 assert_eq!(device.take(), None);
                 device.answer(success);
             }
         });
-        assert!(mailbox.ask(Command::Stop));
-        assert!(!mailbox.ask(Command::Stop));
+        assert_eq!(mailbox.ask("stop"), Some(true));
+        assert_eq!(mailbox.ask("stop"), Some(false));
         thread.join().unwrap();
     }
 
     #[test]
     fn nobody_waits_for_a_device_thread_that_is_gone() {
-        let mailbox = Arc::new(Mailbox::new().unwrap());
+        let mailbox = Arc::new(Mailbox::<_, ()>::new().unwrap());
         let device = Arc::clone(&mailbox);
         let thread = std::thread::spawn(move || {
             while device.take().is_none() {
@@ -152,8 +139,8 @@ mod tests {
             }
             device.close();
         });
-        assert!(!mailbox.ask(Command::Stop));
-        assert!(!mailbox.ask(Command::Stop));
+        assert_eq!(mailbox.ask(1), None);
+        assert_eq!(mailbox.ask(2), None);
         thread.join().unwrap();
     }
 }

@@ -1,16 +1,17 @@
 //! virtio over MMIO, version 2 (virtio 1.2, section 4.2.2).
 
 use std::io;
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use thiserror::Error;
-use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+use vmm_sys_util::eventfd::EventFd;
 
-use super::core::{Area, Core, Half, Transition, status};
-use super::mailbox::{Command, Mailbox};
+use super::core::{Area, Core, Half};
+use super::endpoint::Endpoint;
 use crate::bus::BusDevice;
 use crate::memory::GuestMemory;
+use crate::virtio::config_space::ConfigSpace;
 use crate::virtio::device::VirtioDevice;
 use crate::virtio::queue::Signal;
 
@@ -40,7 +41,6 @@ pub enum Error {
 /// The interrupt of a device: what the device thread sets and the vCPUs read and acknowledge.
 struct Interrupt {
     status: AtomicU32,
-    needs_reset: AtomicBool,
     irq: EventFd,
 }
 
@@ -57,21 +57,21 @@ impl Signal for Interrupt {
     fn used(&self, _: u16) {
         self.raise(INTERRUPT_USED);
     }
+
+    fn config_changed(&self) {
+        self.raise(INTERRUPT_CONFIG);
+    }
 }
 
 /// A virtio-mmio window: the registers of one device.
 ///
-/// The registers live here and are used by vCPUs; the device itself belongs to the
-/// [`DeviceWorker`](crate::virtio::DeviceWorker) that the transport is added to.
+/// The registers live here and are used by vCPUs; the device itself belongs to a
+/// [`DeviceWorker`](crate::virtio::DeviceWorker), which has the [`Endpoint`].
 pub struct MmioTransport {
     registers: Mutex<Core>,
-    config: Vec<u8>,
-    memory: GuestMemory,
+    config: Arc<ConfigSpace>,
     interrupt: Arc<Interrupt>,
-    notifiers: Vec<EventFd>,
-    mailbox: Mailbox,
-    /// Here until the worker takes it.
-    device: Mutex<Option<Box<dyn VirtioDevice>>>,
+    endpoint: Arc<Endpoint>,
 }
 
 impl MmioTransport {
@@ -80,61 +80,28 @@ impl MmioTransport {
     /// # Errors
     /// When the kernel gives no eventfd.
     pub fn new(
-        device: Box<dyn VirtioDevice>,
+        device: &dyn VirtioDevice,
         memory: GuestMemory,
         irq: EventFd,
     ) -> Result<Arc<Self>, Error> {
+        let interrupt = Arc::new(Interrupt {
+            status: AtomicU32::new(0),
+            irq,
+        });
+        let signal = Arc::clone(&interrupt) as Arc<dyn Signal>;
         let traits = device.traits();
-        let notifiers = traits
-            .queue_sizes
-            .iter()
-            .map(|_| EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(Error::EventFd))
-            .collect::<Result<_, _>>()?;
         Ok(Arc::new(Self {
             registers: Mutex::new(Core::new(traits)),
             config: device.config(),
-            memory,
-            interrupt: Arc::new(Interrupt {
-                status: AtomicU32::new(0),
-                needs_reset: AtomicBool::new(false),
-                irq,
-            }),
-            notifiers,
-            mailbox: Mailbox::new().map_err(Error::EventFd)?,
-            device: Mutex::new(Some(device)),
+            interrupt,
+            endpoint: Endpoint::new(traits, memory, signal).map_err(Error::EventFd)?,
         }))
     }
 
-    /// The doorbell of each queue, in order: to be bound as ioeventfd at [`QUEUE_NOTIFY`] with the
-    /// index as 32-bit data. Without an ioeventfd a write there rings it too, only slower.
-    pub fn queue_notifiers(&self) -> &[EventFd] {
-        &self.notifiers
-    }
-
-    /// The device, for the one worker that runs it.
-    pub(crate) fn take_device(&self) -> Option<Box<dyn VirtioDevice>> {
-        self.device
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .take()
-    }
-
-    pub(crate) fn mailbox(&self) -> &Mailbox {
-        &self.mailbox
-    }
-
-    pub(crate) fn memory(&self) -> &GuestMemory {
-        &self.memory
-    }
-
-    pub(crate) fn signal(&self) -> Arc<dyn Signal> {
-        Arc::clone(&self.interrupt) as Arc<dyn Signal>
-    }
-
-    /// Sets NEEDS_RESET and tells the driver by a configuration interrupt (section 2.1.2).
-    pub(crate) fn set_needs_reset(&self) {
-        self.interrupt.needs_reset.store(true, Ordering::SeqCst);
-        self.interrupt.raise(INTERRUPT_CONFIG);
+    /// The device's side. Its doorbells are to be bound as ioeventfds at [`QUEUE_NOTIFY`] with the
+    /// queue's index as 32-bit data. Without an ioeventfd a write there rings too, only slower.
+    pub fn endpoint(&self) -> &Arc<Endpoint> {
+        &self.endpoint
     }
 
     fn registers(&self) -> MutexGuard<'_, Core> {
@@ -154,17 +121,10 @@ impl MmioTransport {
             0x34 => u32::from(core.queue_max_size()),
             0x44 => u32::from(core.queue_ready()),
             0x60 => self.interrupt.status.load(Ordering::SeqCst),
-            0x70 => {
-                let mut value = core.status();
-                if self.interrupt.needs_reset.load(Ordering::SeqCst) {
-                    value |= status::NEEDS_RESET;
-                }
-                u32::from(value)
-            }
+            0x70 => u32::from(self.endpoint.read_status(&core)),
             // No shared memory region exists: length and base read as all ones (section 4.2.2).
             0xb0..=0xbc => u32::MAX,
-            // ConfigGeneration: the configuration of our devices never changes.
-            0xfc => 0,
+            0xfc => self.config.generation(),
             _ => 0,
         }
     }
@@ -172,13 +132,7 @@ impl MmioTransport {
     fn write_register(&self, offset: u64, value: u32) {
         match offset {
             // These two are hot and need no registers.
-            QUEUE_NOTIFY => {
-                if let Some(notifier) = self.notifiers.get(value as usize) {
-                    // It fails only if the counter is full; then the doorbell rings already.
-                    let _ = notifier.write(1);
-                }
-                return;
-            }
+            QUEUE_NOTIFY => return self.endpoint.notify(value),
             0x64 => {
                 self.interrupt.status.fetch_and(!value, Ordering::SeqCst);
                 return;
@@ -195,8 +149,10 @@ impl MmioTransport {
             0x44 => core.set_queue_ready(value == 1),
             // The status is a byte; what is beyond it never was a status.
             0x70 => {
-                if let Ok(value) = u8::try_from(value) {
-                    self.write_status(&mut core, value);
+                if let Ok(value) = u8::try_from(value)
+                    && self.endpoint.write_status(&mut core, value)
+                {
+                    self.interrupt.status.store(0, Ordering::SeqCst);
                 }
             }
             0x80 => core.set_queue_address(Area::Descriptors, Half::Low, value),
@@ -208,46 +164,12 @@ impl MmioTransport {
             _ => {}
         }
     }
-
-    /// Holds the registers while the device thread works: no other vCPU can touch the device
-    /// in between, and the device thread never takes them.
-    fn write_status(&self, core: &mut Core, value: u8) {
-        match core.write_status(value) {
-            Transition::None => {}
-            Transition::Start => {
-                let command = Command::Start {
-                    features: core.accepted_features(),
-                    queues: core.queue_states(),
-                };
-                if !self.mailbox.ask(command) {
-                    self.set_needs_reset();
-                }
-            }
-            Transition::Reset => {
-                if core.is_started() {
-                    self.mailbox.ask(Command::Stop);
-                }
-                core.reset();
-                self.interrupt.needs_reset.store(false, Ordering::SeqCst);
-                self.interrupt.status.store(0, Ordering::SeqCst);
-            }
-        }
-    }
-
-    fn read_config(&self, offset: u64, data: &mut [u8]) {
-        for (i, byte) in data.iter_mut().enumerate() {
-            let at = usize::try_from(offset)
-                .ok()
-                .and_then(|offset| offset.checked_add(i));
-            *byte = at.and_then(|at| self.config.get(at)).copied().unwrap_or(0);
-        }
-    }
 }
 
 impl BusDevice for MmioTransport {
     fn read(&self, offset: u64, data: &mut [u8]) {
         if let Some(offset) = offset.checked_sub(CONFIG) {
-            return self.read_config(offset, data);
+            return self.config.read(offset, data);
         }
         // Registers are 32 bits wide and aligned (section 4.2.2.2); any other access reads zero.
         match <&mut [u8; 4]>::try_from(&mut *data) {
@@ -259,8 +181,10 @@ impl BusDevice for MmioTransport {
     }
 
     fn write(&self, offset: u64, data: &[u8]) {
-        if offset < CONFIG
-            && offset.is_multiple_of(4)
+        if let Some(offset) = offset.checked_sub(CONFIG) {
+            return self.config.write(offset, data);
+        }
+        if offset.is_multiple_of(4)
             && let Ok(register) = <[u8; 4]>::try_from(data)
         {
             self.write_register(offset, u32::from_le_bytes(register));

@@ -6,6 +6,7 @@ use crate::virtio::testing::{DATA, Driver, NEXT, memory};
 use crate::virtio::worker::DeviceWorker;
 use proptest::prelude::*;
 use std::sync::atomic::AtomicUsize;
+use vmm_sys_util::eventfd::EFD_NONBLOCK;
 
 /// Counts its starts and stops, and completes what it is given.
 #[derive(Default)]
@@ -23,8 +24,8 @@ impl VirtioDevice for Echo {
             queue_sizes: &[16],
         }
     }
-    fn config(&self) -> Vec<u8> {
-        vec![1, 2, 3, 4, 5]
+    fn config(&self) -> Arc<ConfigSpace> {
+        ConfigSpace::new(vec![1, 2, 3, 4, 5])
     }
     fn start(&mut self, queues: Queues, _: u64, io: DeviceIo) -> Result<(), device::Error> {
         assert!(self.running.is_none());
@@ -63,10 +64,11 @@ impl Machine {
         let device = Echo::default();
         let (starts, stops) = (Arc::clone(&device.starts), Arc::clone(&device.stops));
         let driver = Driver::new(&memory, 0, 8);
-        let transport =
-            MmioTransport::new(Box::new(device), memory, irq.try_clone().unwrap()).unwrap();
+        let transport = MmioTransport::new(&device, memory, irq.try_clone().unwrap()).unwrap();
         let mut worker = DeviceWorker::new().unwrap();
-        worker.add(Arc::clone(&transport)).unwrap();
+        worker
+            .add(Arc::clone(transport.endpoint()), Box::new(device))
+            .unwrap();
         // It ends with the test's process, as in the machine.
         std::thread::spawn(move || worker.run());
         Self {
@@ -261,14 +263,13 @@ fn odd_accesses_read_zero_and_write_nothing() {
 
 #[test]
 fn a_guest_without_a_device_thread_does_not_hang() {
-    let transport = MmioTransport::new(
-        Box::new(Echo::default()),
-        memory(),
-        EventFd::new(EFD_NONBLOCK).unwrap(),
-    )
-    .unwrap();
+    let device = Echo::default();
+    let irq = EventFd::new(EFD_NONBLOCK).unwrap();
+    let transport = MmioTransport::new(&device, memory(), irq).unwrap();
     let mut worker = DeviceWorker::new().unwrap();
-    worker.add(Arc::clone(&transport)).unwrap();
+    worker
+        .add(Arc::clone(transport.endpoint()), Box::new(device))
+        .unwrap();
     drop(worker);
     let machine = Machine {
         transport,

@@ -1,5 +1,6 @@
 //! How a driver finds, negotiates with and resets a device.
 
 pub mod core;
+pub mod endpoint;
 pub mod mailbox;
 pub mod mmio;

@@ -9,12 +9,14 @@
 
 use std::io;
 use std::os::unix::net::UnixListener;
+use std::sync::Arc;
 
 use casemate_broker::client::Client;
 use thiserror::Error;
 
 use self::connector::{Broker, Connector};
 use self::hub::Hub;
+use super::config_space::ConfigSpace;
 use super::device::{self, DeviceIo, DeviceType, Event, Queues, Traits, VirtioDevice, states};
 use super::queue::{Progress, QueueStates, Verdict};
 use crate::memory::iovec::IoVecBuffer;
@@ -112,8 +114,8 @@ impl VirtioDevice for Vsock {
         }
     }
 
-    fn config(&self) -> Vec<u8> {
-        self.guest_cid.to_le_bytes().to_vec()
+    fn config(&self) -> Arc<ConfigSpace> {
+        ConfigSpace::new(self.guest_cid.to_le_bytes().to_vec())
     }
 
     fn start(&mut self, queues: Queues, _: u64, io: DeviceIo) -> Result<(), device::Error> {
@@ -134,7 +136,7 @@ impl VirtioDevice for Vsock {
         let Some((queues, io)) = &mut self.running else {
             return Ok(Progress::Done);
         };
-        let [receive, transmit, _] = queues;
+        let [receive, transmit, ..] = queues;
         let mut progress = Progress::Done;
         match (event, transmit) {
             (Event::Queue(TX), Some(queue)) => {

@@ -1,0 +1,42 @@
+//! What the control thread asks of a device, started or not: the operator's changes.
+
+use thiserror::Error;
+
+use super::rate_limiter::LimiterUpdate;
+
+/// One change.
+#[derive(Debug)]
+pub enum Update {
+    /// New limits for all that a device does.
+    Limits(LimiterUpdate),
+}
+
+impl Update {
+    /// What it changes, for errors.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Limits(_) => "rate limits",
+        }
+    }
+}
+
+/// What a device answers.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Answer {
+    /// Done.
+    Done,
+}
+
+/// Why a device was not changed.
+#[derive(Debug, Error)]
+pub enum UpdateError {
+    /// This kind of device has nothing of the sort.
+    #[error("the device has no {0}")]
+    NotThisDevice(&'static str),
+    /// There is no such device any more.
+    #[error("the device is gone")]
+    NoDevice,
+    /// The device thread has ended.
+    #[error("the device thread has ended")]
+    NoThread,
+}
