@@ -362,6 +362,26 @@ fn life_of_a_kernel() {
 }
 
 #[test]
+fn a_kernel_of_an_earlier_version_is_registered_anew() {
+    let place = Place::new();
+    let deb = package("data.tar", &Tar::default().modules("").kernel().package());
+    let deb = place.write("k.deb", &deb);
+    place.add(&["--name", "k", "--deb", &deb]);
+    assert_eq!(place.list()[0]["outdated"], false);
+    // As it was before anybody looked for consoles.
+    let meta = place.stored("k/meta.json");
+    let mut text: Value = serde_json::from_slice(&fs::read(&meta).unwrap()).unwrap();
+    text["index"].as_object_mut().unwrap().remove("looked_for");
+    fs::write(&meta, text.to_string()).unwrap();
+    assert_eq!(place.list()[0]["outdated"], true);
+    assert!(place.add(&["--deb", &deb]).contains("kernel k registered"));
+    let list = place.list();
+    assert_eq!((list.len(), &list[0]["outdated"]), (1, &Value::Bool(false)));
+    assert_eq!(list[0]["default"], true);
+    assert!(place.add(&["--deb", &deb]).contains("already"));
+}
+
+#[test]
 fn modules_may_come_apart() {
     let place = Place::new();
     let kernel = place.write("image.deb", &Tar::default().kernel().package());

@@ -21,11 +21,25 @@ pub fn register(artifacts: &Artifacts, data: &Path, flavour: Flavour) -> Result<
         Flavour::Generic => "generic",
         Flavour::Cloud => "cloud",
     };
-    if !data.join("kernels").join(name).exists() {
+    if !data.join("kernels").join(name).exists() || is_outdated(artifacts, data, name)? {
         let deb = packages::kernel_deb(flavour, &kernels_dir())?;
         add(artifacts, data, name, &["--deb"], &deb)?;
     }
     Ok(name)
+}
+
+/// Whether a registered kernel lacks drivers that machines have come to need since.
+fn is_outdated(artifacts: &Artifacts, data: &Path, name: &str) -> Result<bool> {
+    let output = Command::new(artifacts.program("casemate"))
+        .env("CASEMATE_DATA_DIR", data)
+        .args(["kernel", "ls", "--json"])
+        .output()
+        .context("run casemate kernel ls")?;
+    let kernels: serde_json::Value =
+        serde_json::from_slice(&output.stdout).context("read what casemate kernel ls says")?;
+    let kernels = kernels.as_array().map(Vec::as_slice).unwrap_or_default();
+    let kernel = kernels.iter().find(|kernel| kernel["name"] == name);
+    Ok(kernel.is_some_and(|kernel| kernel["outdated"] == true))
 }
 
 /// The bzImage in the cloud kernel's package, unpacked to `file` unless it is there.

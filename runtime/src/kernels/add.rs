@@ -58,7 +58,8 @@ pub struct Added {
     pub already: bool,
 }
 
-/// Registers a kernel. The same files under the same name again are no error and no work.
+/// Registers a kernel. The same files under the same name again are no error and no work, unless an earlier version of
+/// this program registered them and looked for fewer drivers: then they are registered anew.
 pub fn add(
     store: &Store,
     origin: &Origin,
@@ -73,9 +74,12 @@ pub fn add(
     }
     let digest = digest(origin)?;
     let _lock = store.lock()?;
-    if let Some(name) = registered(store, name, &digest)? {
+    let before = registered(store, name, &digest)?;
+    if let Some(name) = &before
+        && is_complete(store, name)?
+    {
         return Ok(Added {
-            name,
+            name: name.clone(),
             already: true,
         });
     }
@@ -101,8 +105,11 @@ pub fn add(
     if !release.is_empty() && !is_name(&release) {
         return Err(Error::BadRelease(release));
     }
-    let name = choose_name(name, &release, origin)?;
-    if store.has(&name) {
+    let name = match &before {
+        Some(name) => name.clone(),
+        None => choose_name(name, &release, origin)?,
+    };
+    if before.is_none() && store.has(&name) {
         return Err(Error::Exists(name));
     }
     let index = add.index(&source)?;
@@ -119,16 +126,29 @@ pub fn add(
     fs::remove_dir_all(&work).map_err(|error| Error::io("remove", &work, error))?;
     fs::set_permissions(staging.path(), Permissions::from_mode(0o755))
         .map_err(|error| Error::io("change the mode of", staging.path(), error))?;
+    let was_default = before.is_some() && store.default_name().is_ok_and(|default| default == name);
+    if before.is_some() {
+        store.remove(&name)?;
+    }
     // Renamed away from where it would be removed; if that fails, the next lock clears it.
     store.publish(
         &staging.keep(),
         &name,
         &Meta::new(release, source, digest, index),
     )?;
+    if was_default {
+        store.set_default(&name)?;
+    }
     Ok(Added {
         name,
         already: false,
     })
+}
+
+/// Whether all drivers that machines may need were looked for in a kernel's modules.
+fn is_complete(store: &Store, name: &str) -> Result<bool, Error> {
+    let index = store.meta(name)?.index;
+    Ok(index.is_none_or(|index| index.is_complete()))
 }
 
 /// A kernel made from the same files, under the name if one is given.

@@ -83,6 +83,8 @@ struct Line {
     size: u64,
     source: String,
     default: bool,
+    /// An earlier version registered it, which knew of fewer drivers.
+    outdated: bool,
 }
 
 /// Runs `casemate kernel` with what follows these two words.
@@ -156,6 +158,10 @@ fn list(store: &Store, json: bool) -> Result<(), Error> {
     for name in store.names()? {
         let meta = store.meta(&name)?;
         lines.push(Line {
+            outdated: meta
+                .index
+                .as_ref()
+                .is_some_and(|index| !index.is_complete()),
             release: meta.release,
             modules: meta.index.map(|index| index.modules.len()),
             size: fs::metadata(store.vmlinux(&name)).map_or(0, |data| data.len()),
@@ -176,8 +182,13 @@ fn list(store: &Store, json: bool) -> Result<(), Error> {
     for line in lines {
         let modules = line.modules.map_or("-".into(), |count| count.to_string());
         let mark = if line.default { " *" } else { "" };
+        let outdated = if line.outdated {
+            "  (add it again for all drivers)"
+        } else {
+            ""
+        };
         say::line(format_args!(
-            "{:<28} {:<28} {modules:>7} {:>4} MiB  {}",
+            "{:<28} {:<28} {modules:>7} {:>4} MiB  {}{outdated}",
             format!("{}{mark}", line.name),
             shown(&line.release),
             line.size >> 20,

@@ -10,9 +10,11 @@ use std::collections::{BTreeMap, BTreeSet};
 /// A driver that machines need, and what for.
 type Driver = (&'static str, &'static str);
 
+/// How the guest finds its devices.
+const TRANSPORT: &str = "virtio_mmio";
 /// What every machine needs.
 const ALWAYS: [Driver; 4] = [
-    ("virtio_mmio", "no device would be found"),
+    (TRANSPORT, "no device would be found"),
     ("virtio_blk", "there would be no root disk"),
     (
         "vmw_vsock_virtio_transport",
@@ -22,6 +24,13 @@ const ALWAYS: [Driver; 4] = [
 ];
 /// What is loaded when the kernel has it: entropy (many kernels have enough without) and the power button.
 const IF_PRESENT: [&str; 3] = ["virtio_rng", "button", "evdev"];
+/// The console, used when the kernel has it: loaded right after its transport, so that what follows shows on it.
+const CONSOLE: &str = "virtio_console";
+/// For persistent memory: the device, and the block device that it becomes.
+const PMEM: [Driver; 2] = [
+    ("virtio_pmem", "the persistent memory would not be found"),
+    ("nd_pmem", "there would be no /dev/pmem0"),
+];
 /// For network interfaces.
 const NET: Driver = ("virtio_net", "there would be no network");
 /// For the root.
@@ -53,6 +62,9 @@ pub struct Index {
     pub modules: BTreeMap<String, Module>,
     /// Names of the wanted drivers that are built in.
     pub builtin: BTreeSet<String>,
+    /// Names of the drivers that were looked for.
+    #[serde(default)]
+    pub looked_for: BTreeSet<String>,
 }
 
 /// A module in load order.
@@ -68,12 +80,32 @@ pub struct Load {
     pub optional: bool,
 }
 
+/// Names of all drivers that machines may need.
+fn wanted() -> impl Iterator<Item = &'static str> {
+    ALWAYS
+        .iter()
+        .chain([&NET])
+        .chain(&PMEM)
+        .map(|(name, _)| *name)
+        .chain([CONSOLE])
+        .chain(IF_PRESENT)
+        .chain(FILE_SYSTEMS)
+}
+
 impl Index {
+    /// False when it was made by a version of this program that did not know of all drivers.
+    pub fn is_complete(&self) -> bool {
+        wanted().all(|name| self.looked_for.contains(name))
+    }
+
     /// The modules that a machine needs, each after those that it depends on.
     pub fn load_order(&self, kernel: &str, needs: &Needs) -> Result<Vec<Load>, Error> {
         let mut wanted: Vec<Driver> = ALWAYS.to_vec();
         if needs.net {
             wanted.push(NET);
+        }
+        if needs.pmem {
+            wanted.extend(PMEM);
         }
         let mut order = Order {
             index: self,
@@ -88,7 +120,15 @@ impl Index {
                     kernel: kernel.into(),
                     driver: driver.into(),
                     purpose,
+                    hint: if self.is_complete() {
+                        ""
+                    } else {
+                        " (it was registered by an earlier version, which did not look for all drivers: add it again)"
+                    },
                 });
+            }
+            if driver == TRANSPORT {
+                order.add(CONSOLE, true, 0);
             }
         }
         for driver in IF_PRESENT {
@@ -209,14 +249,9 @@ impl<'a, S: Source> Builder<'a, S> {
 
     /// Follows everything that a machine may ever need.
     pub fn build(mut self) -> Result<Index, String> {
-        let names = ALWAYS
-            .iter()
-            .chain([&NET])
-            .map(|(name, _)| *name)
-            .chain(IF_PRESENT)
-            .chain(FILE_SYSTEMS);
-        for name in names {
+        for name in wanted() {
             self.module(name, 0)?;
+            self.index.looked_for.insert(name.into());
         }
         Ok(self.index)
     }
@@ -305,215 +340,4 @@ impl<'a, S: Source> Builder<'a, S> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    /// Modules as a list of (file, description).
-    struct Synthetic(Vec<(&'static str, ModInfo)>);
-
-    impl Source for Synthetic {
-        fn store(&mut self, path: &str) -> Result<(ModInfo, String), String> {
-            Ok((self.describe(path)?, path.trim_end_matches(".xz").into()))
-        }
-
-        fn describe(&mut self, path: &str) -> Result<ModInfo, String> {
-            let info = &self
-                .0
-                .iter()
-                .find(|(file, _)| *file == path)
-                .ok_or("absent")?
-                .1;
-            Ok(ModInfo {
-                depends: info.depends.clone(),
-                soft_before: info.soft_before.clone(),
-                soft_after: info.soft_after.clone(),
-                aliases: info.aliases.clone(),
-            })
-        }
-    }
-
-    fn info(depends: &[&str], soft: &[&str], aliases: &[&str]) -> ModInfo {
-        let own = |names: &[&str]| names.iter().map(|name| (*name).to_owned()).collect();
-        ModInfo {
-            depends: own(depends),
-            soft_before: own(soft),
-            soft_after: Vec::new(),
-            aliases: own(aliases),
-        }
-    }
-
-    const BUILTIN: &str = "kernel/drivers/virtio/virtio_mmio.ko\nkernel/fs/overlayfs/overlay.ko\n";
-
-    fn distribution() -> Synthetic {
-        Synthetic(vec![
-            ("kernel/virtio.ko.xz", info(&[], &[], &[])),
-            ("kernel/virtio_ring.ko", info(&[], &[], &[])),
-            (
-                "kernel/virtio_blk.ko.xz",
-                info(&["virtio", "virtio_ring"], &[], &["virtio:d2v*"]),
-            ),
-            (
-                "kernel/vmw_vsock_virtio_transport.ko",
-                info(&["vsock", "virtio"], &[], &[]),
-            ),
-            ("kernel/vsock.ko", info(&[], &[], &[])),
-            ("kernel/virtio-rng.ko", info(&["virtio"], &[], &[])),
-            ("kernel/libcrc32c.ko", info(&[], &["crc32c"], &[])),
-            ("kernel/crc32c-generic.ko", info(&[], &[], &["crc32c"])),
-            ("kernel/erofs.ko", info(&["libcrc32c"], &[], &["fs-erofs"])),
-            ("kernel/unrelated.ko", info(&["nothing"], &[], &[])),
-        ])
-    }
-
-    fn build(mut source: Synthetic, builtin: &str, builtin_info: &[u8]) -> Index {
-        let files: Vec<String> = source
-            .0
-            .iter()
-            .map(|(file, _)| (*file).to_owned())
-            .collect();
-        Builder::new(&mut source, &files, builtin, builtin_info)
-            .build()
-            .unwrap()
-    }
-
-    fn names(index: &Index, needs: &Needs) -> Vec<String> {
-        index
-            .load_order("k", needs)
-            .unwrap()
-            .into_iter()
-            .map(|load| load.name)
-            .collect()
-    }
-
-    #[test]
-    fn each_module_comes_after_its_dependencies() {
-        let index = build(distribution(), BUILTIN, b"");
-        assert!(!index.modules.contains_key("unrelated"));
-        let order = names(&index, &Needs::default());
-        let want = [
-            "virtio",
-            "virtio_ring",
-            "virtio_blk",
-            "vsock",
-            "vmw_vsock_virtio_transport",
-            "crc32c_generic",
-            "libcrc32c",
-            "erofs",
-            "virtio_rng",
-        ];
-        assert_eq!(order, want);
-        let loads = index.load_order("k", &Needs::default()).unwrap();
-        let optional: Vec<&str> = loads
-            .iter()
-            .filter(|load| load.optional)
-            .map(|load| load.name.as_str())
-            .collect();
-        assert_eq!(optional, ["crc32c_generic", "virtio_rng"]);
-        assert_eq!(loads[0].file, "kernel/virtio.ko");
-    }
-
-    #[test]
-    fn a_built_in_alias_satisfies_a_soft_dependency() {
-        let index = build(
-            distribution(),
-            BUILTIN,
-            b"crc32c_generic.alias=crc32c\0x.license=GPL\0",
-        );
-        assert!(!index.modules.contains_key("crc32c_generic"));
-        assert!(names(&index, &Needs::default()).contains(&"libcrc32c".to_owned()));
-    }
-
-    #[test]
-    fn a_missing_driver_is_named() {
-        let index = build(distribution(), BUILTIN, b"");
-        let lacks = |index: &Index, needs: &Needs| match index.load_order("k", needs) {
-            Err(Error::NoDriver { driver, .. }) => driver,
-            other => panic!("{other:?}"),
-        };
-        assert_eq!(
-            lacks(
-                &index,
-                &Needs {
-                    net: true,
-                    ..Needs::default()
-                }
-            ),
-            "virtio_net"
-        );
-        assert_eq!(
-            lacks(
-                &index,
-                &Needs {
-                    fs_type: Some("ext4".into()),
-                    ..Needs::default()
-                }
-            ),
-            "ext4"
-        );
-        assert_eq!(
-            lacks(&build(distribution(), "", b""), &Needs::default()),
-            "virtio_mmio"
-        );
-        // A module whose dependency is missing is as good as missing.
-        let mut broken = distribution();
-        broken.0.retain(|(file, _)| !file.ends_with("/vsock.ko"));
-        assert_eq!(
-            lacks(&build(broken, BUILTIN, b""), &Needs::default()),
-            "vmw_vsock_virtio_transport"
-        );
-    }
-
-    #[test]
-    fn everything_built_in_needs_no_modules() {
-        let builtin = [
-            "virtio_mmio",
-            "virtio_blk",
-            "virtio_net",
-            "vmw_vsock_virtio_transport",
-            "overlay",
-            "erofs",
-        ];
-        let list: String = builtin
-            .iter()
-            .map(|name| format!("kernel/x/{name}.ko\n"))
-            .collect();
-        let index = build(Synthetic(Vec::new()), &list, b"");
-        assert!(
-            names(
-                &index,
-                &Needs {
-                    net: true,
-                    ..Needs::default()
-                }
-            )
-            .is_empty()
-        );
-    }
-
-    #[test]
-    fn circles_end() {
-        let mut source = distribution();
-        source
-            .0
-            .push(("kernel/overlay.ko", info(&["loop-a"], &["loop-a"], &[])));
-        source
-            .0
-            .push(("kernel/loop-a.ko", info(&["loop-b"], &[], &[])));
-        source
-            .0
-            .push(("kernel/loop-b.ko", info(&["loop-a"], &["overlay"], &[])));
-        let index = build(source, "kernel/drivers/virtio/virtio_mmio.ko", b"");
-        assert!(names(&index, &Needs::default()).contains(&"loop_a".to_owned()));
-    }
-
-    #[test]
-    fn names_of_files() {
-        assert_eq!(
-            module_name("kernel/a/virtio-rng.ko.xz").as_deref(),
-            Some("virtio_rng")
-        );
-        assert_eq!(module_name("x.ko").as_deref(), Some("x"));
-        assert_eq!(module_name("x.ko.exe"), None);
-        assert_eq!(module_name("modules.dep"), None);
-    }
-}
+mod tests;

@@ -28,6 +28,8 @@ pub use jail::UNPACKER_ID;
 pub struct Needs {
     /// A network interface.
     pub net: bool,
+    /// Persistent memory.
+    pub pmem: bool,
     /// File system type of the root; `None` is erofs.
     pub fs_type: Option<String>,
 }
@@ -104,7 +106,9 @@ pub enum Error {
         why: String,
     },
     /// The kernel lacks a driver.
-    #[error("kernel {kernel} has no driver {driver}, neither built in nor as a module: {purpose}")]
+    #[error(
+        "kernel {kernel} has no driver {driver}, neither built in nor as a module: {purpose}{hint}"
+    )]
     NoDriver {
         /// The kernel.
         kernel: String,
@@ -112,6 +116,8 @@ pub enum Error {
         driver: String,
         /// What it is for.
         purpose: &'static str,
+        /// What may help.
+        hint: &'static str,
     },
 }
 

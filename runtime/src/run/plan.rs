@@ -142,6 +142,7 @@ impl Plan {
         let image = rootfs::prepare(places, given, &args.rootfs_type)?;
         let needs = Needs {
             net: !args.net.is_empty(),
+            pmem: false,
             fs_type: Some(image.fs_type.clone()),
         };
         let boot = kernels::resolve(args.kernel.as_deref(), &needs)?;
