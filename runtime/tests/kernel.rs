@@ -364,8 +364,7 @@ fn life_of_a_kernel() {
 #[test]
 fn a_kernel_of_an_earlier_version_is_registered_anew() {
     let place = Place::new();
-    let deb = package("data.tar", &Tar::default().modules("").kernel().package());
-    let deb = place.write("k.deb", &deb);
+    let deb = place.write("k.deb", &Tar::default().modules("").kernel().package());
     place.add(&["--name", "k", "--deb", &deb]);
     assert_eq!(place.list()[0]["outdated"], false);
     // As it was before anybody looked for consoles.
