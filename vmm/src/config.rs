@@ -1,7 +1,7 @@
 //! The machine as data: Firecracker's config-file schema, read and validated once, here.
 //!
-//! Four fields are ours: `boot-source.protocol`, `machine-config.pit`, `drives[].discard` and
-//! `network-interfaces[].mtu`.
+//! Five fields are ours: `boot-source.protocol`, `machine-config.pit`, `machine-config.max_vcpu_count`,
+//! `drives[].discard` and `network-interfaces[].mtu`.
 //! What Firecracker knows and this VMM does not do yet is refused by name, never ignored.
 
 use std::collections::BTreeSet;
@@ -78,6 +78,9 @@ pub struct BootSource {
 pub struct MachineConfig {
     /// Number of vCPUs, 1 to [`MAX_VCPUS`].
     pub vcpu_count: u8,
+    /// How many vCPUs there can be while the machine runs, `vcpu_count` to [`MAX_VCPUS`]. Without it their
+    /// number is fixed.
+    pub max_vcpu_count: Option<u8>,
     /// Memory in MiB, 1 to [`MAX_MEMORY_MIB`].
     pub mem_size_mib: u64,
     /// Whether there is an i8254 timer (for guests that cannot do without).
@@ -89,6 +92,13 @@ pub struct MachineConfig {
     track_dirty_pages: bool,
     huge_pages: Option<HugePages>,
     cpu_template: Option<IgnoredAny>,
+}
+
+impl MachineConfig {
+    /// How many vCPUs there can be.
+    pub fn max_vcpus(&self) -> u8 {
+        self.max_vcpu_count.unwrap_or(self.vcpu_count)
+    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
@@ -361,6 +371,15 @@ impl Config {
                 "machine-config.vcpu_count",
                 machine.vcpu_count,
                 "use 1 to 32",
+            );
+        }
+        if let Some(most) = machine.max_vcpu_count
+            && !(machine.vcpu_count..=MAX_VCPUS).contains(&most)
+        {
+            return range(
+                "machine-config.max_vcpu_count",
+                most,
+                "use `vcpu_count` to 32",
             );
         }
         if !(1..=MAX_MEMORY_MIB).contains(&machine.mem_size_mib) {

@@ -13,7 +13,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 use crate::boot::{self, GedInfo, MachineDescription, MmioDeviceInfo};
 use crate::bus::{self, Bus};
 use crate::config::{CacheType, Config, RateLimiter};
-use crate::devices::{AcpiRegisters, I8042, SerialPort, acpi, i8042, serial};
+use crate::devices::{AcpiRegisters, I8042, SerialPort, VcpuRegisters, acpi, i8042, serial};
 use crate::ending::{End, EndSignal};
 use crate::event_loop;
 use crate::kvm::cpuid::MachineCpuid;
@@ -28,6 +28,12 @@ use crate::virtio::{
     self, Block, BlockOptions, DeviceWorker, Entropy, Net, NetOptions, VirtioDevice, Vsock,
     VsockOptions, block, net, vsock,
 };
+
+mod command_line;
+pub mod vcpus;
+
+use command_line::command_line;
+use vcpus::Vcpus;
 
 /// Why a machine was not started.
 #[derive(Debug, Error)]
@@ -107,6 +113,8 @@ pub struct Panel {
     pub serial: Arc<SerialPort>,
     /// The power button.
     pub acpi: Arc<AcpiRegisters>,
+    /// Adds and removes vCPUs, where that is possible.
+    pub vcpus: Option<Arc<VcpuRegisters>>,
     /// Where the machine's end is announced.
     pub ends: Arc<EndSignal>,
 }
@@ -115,7 +123,7 @@ pub struct Panel {
 pub struct RunningMachine {
     /// What the control thread has in its hands.
     pub panel: Panel,
-    vcpus: Vec<VcpuThread>,
+    vcpus: Vcpus,
     /// The memslots stay valid as long as this does.
     _vm: Vm,
 }
@@ -141,33 +149,29 @@ pub fn build(config: &Config, resources: Resources) -> Result<Machine, Error> {
         taps,
         vsock,
     } = resources;
-    let vcpu_count = config.machine_config.vcpu_count;
+    let max_vcpus = config.machine_config.max_vcpus();
     let pit = config.machine_config.pit;
 
     // First of all, while little is mapped; and memory before anything sits on KVM's buses.
     let mut vm = Vm::new(kvm)?;
-    let cpuid = MachineCpuid::new(&vm.supported_cpuid()?, vcpu_count, vm.has_tsc_deadline());
+    let cpuid = MachineCpuid::new(&vm.supported_cpuid()?, max_vcpus, vm.has_tsc_deadline());
     let memory = memory::allocate(config.memory_size())?;
     vm.set_memory(&memory, cpuid.physical_address_bits())?;
     vm.create_irqchip(pit)?;
     vm.disable_pmu();
 
-    let vcpus = vm.create_vcpus(vcpu_count)?;
+    let vcpus = vm.create_vcpus(max_vcpus)?;
     for vcpu in &vcpus {
         vcpu.set_features(&cpuid.of_vcpu(vcpu.id())?)?;
     }
     vm.set_gsi_routing(pit)?;
 
     let ends = Arc::new(EndSignal::new().map_err(host("make an eventfd"))?);
-    let panel = Panel {
-        serial: Arc::new(SerialPort::new().map_err(host("make the serial port"))?),
-        acpi: Arc::new(AcpiRegisters::new(Arc::clone(&ends)).map_err(host("make an eventfd"))?),
-        ends,
-    };
+    let panel = panel(config, ends)?;
     let devices = virtio_devices(config, drives, taps, vsock)?;
     let windows = windows(devices, &memory)?;
 
-    let description = describe(vcpu_count, pit, &windows);
+    let description = describe(config, &windows);
     let boot_args = command_line(config);
     let protocol = config.boot_source.protocol;
     let entry = boot::load(
@@ -209,6 +213,23 @@ pub fn build(config: &Config, resources: Resources) -> Result<Machine, Error> {
         buses,
         worker: worker(windows)?,
         panel,
+    })
+}
+
+/// What is neither virtio nor a CPU.
+fn panel(config: &Config, ends: Arc<EndSignal>) -> Result<Panel, Error> {
+    let acpi = AcpiRegisters::new(Arc::clone(&ends)).map_err(host("make an eventfd"))?;
+    let acpi = Arc::new(acpi);
+    let machine = &config.machine_config;
+    let vcpus = machine.max_vcpu_count.map(|most| {
+        let registers = VcpuRegisters::new(machine.vcpu_count, most, Arc::clone(&acpi));
+        registers.map(Arc::new).map_err(host("make an eventfd"))
+    });
+    Ok(Panel {
+        serial: Arc::new(SerialPort::new().map_err(host("make the serial port"))?),
+        acpi,
+        vcpus: vcpus.transpose()?,
+        ends,
     })
 }
 
@@ -294,9 +315,12 @@ fn windows(
 }
 
 /// What the ACPI tables say of the machine.
-fn describe(vcpus: u8, pit: bool, windows: &[Window]) -> MachineDescription {
+fn describe(config: &Config, windows: &[Window]) -> MachineDescription {
+    let machine = &config.machine_config;
     MachineDescription {
-        vcpus,
+        vcpus: machine.vcpu_count,
+        max_vcpus: machine.max_vcpus(),
+        vcpu_hotplug: machine.max_vcpu_count.is_some(),
         mmio_devices: windows.iter().map(|window| window.info).collect(),
         has_com1: true,
         has_i8042: true,
@@ -304,40 +328,8 @@ fn describe(vcpus: u8, pit: bool, windows: &[Window]) -> MachineDescription {
             gsi: layout::GED_GSI,
             event_register: layout::ACPI_REGISTERS_START.saturating_add(acpi::EVENTS),
         },
-        pit,
+        pit: machine.pit,
     }
-}
-
-/// The configured command line and, with a root drive, where the root file system is: as
-/// Firecracker does it. Behind a `--` it would be an argument of init.
-fn command_line(config: &Config) -> String {
-    let args = config.boot_source.boot_args.as_deref().unwrap_or_default();
-    let Some(root) = config.drives.iter().find(|drive| drive.is_root_device) else {
-        return args.to_owned();
-    };
-    let device = match &root.partuuid {
-        Some(uuid) => format!("PARTUUID={uuid}"),
-        None => "/dev/vda".to_owned(),
-    };
-    let mode = if root.is_read_only { "ro" } else { "rw" };
-    let (kernel, init) = args.split_at_checked(init_args(args)).unwrap_or((args, ""));
-    let root = format!("root={device} {mode}");
-    let parts = [kernel.trim_end(), &root, init];
-    let parts: Vec<&str> = parts.into_iter().filter(|part| !part.is_empty()).collect();
-    parts.join(" ")
-}
-
-/// Where the `--` is that starts the arguments of init: a word of its own outside quotes.
-fn init_args(args: &str) -> usize {
-    let is_word = |at: &usize| {
-        let (before, rest) = args.split_at_checked(*at).unwrap_or_default();
-        let after = rest.strip_prefix("--").unwrap_or_default();
-        let quoted = !before.matches('"').count().is_multiple_of(2);
-        let alone = |side: Option<char>| side.is_none_or(char::is_whitespace);
-        !quoted && alone(before.chars().next_back()) && alone(after.chars().next())
-    };
-    let mut found = args.match_indices("--").map(|(at, _)| at).filter(is_word);
-    found.next().unwrap_or(args.len())
 }
 
 fn buses(panel: &Panel, windows: &[Window]) -> Result<Buses, Error> {
@@ -355,6 +347,10 @@ fn buses(panel: &Panel, windows: &[Window]) -> Result<Buses, Error> {
         layout::ACPI_REGISTERS_SIZE,
         panel.acpi.clone(),
     )?;
+    if let Some(vcpus) = &panel.vcpus {
+        let (start, size) = (layout::VCPU_REGISTERS_START, layout::VCPU_REGISTERS_SIZE);
+        mmio.insert(start, size, vcpus.clone())?;
+    }
     for Window {
         info, transport, ..
     } in windows
@@ -414,9 +410,10 @@ impl Machine {
             result?;
         }
         lockdown::enter(Role::Control, Stage::Sealed)?;
+        let registers = self.panel.vcpus.clone();
         Ok(RunningMachine {
             panel: self.panel,
-            vcpus,
+            vcpus: Vcpus::new(vcpus, registers),
             _vm: self.vm,
         })
     }
@@ -440,56 +437,34 @@ fn seal(
 
 impl RunningMachine {
     /// Lets the guest run.
-    pub fn resume(&self) {
-        self.vcpus.iter().for_each(VcpuThread::resume);
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn line(drives: &str) -> String {
-        line_with("quiet", drives)
+    pub fn resume(&mut self) {
+        self.vcpus.resume();
     }
 
-    fn line_with(args: &str, drives: &str) -> String {
-        let args = serde_json::json!(args);
-        let text = format!(
-            r#"{{"boot-source":{{"kernel_image_path":"/k","boot_args":{args}}},
-                "machine-config":{{"vcpu_count":1,"mem_size_mib":1}},"drives":[{drives}]}}"#
-        );
-        command_line(&Config::from_json(text.as_bytes()).unwrap())
+    /// Stops the guest: each vCPU at its next instruction, without waiting for that.
+    pub fn pause(&mut self) {
+        self.vcpus.pause();
     }
 
-    #[test]
-    fn the_root_drive_is_named() {
-        assert_eq!(line(r#"{"drive_id":"a","path_on_host":"/a"}"#), "quiet");
-        assert_eq!(
-            line(r#"{"drive_id":"a","path_on_host":"/a","is_root_device":true}"#),
-            "quiet root=/dev/vda rw"
-        );
-        assert_eq!(
-            line(
-                r#"{"drive_id":"a","path_on_host":"/a","is_root_device":true,"is_read_only":true,"partuuid":"0eaa91a0-01"}"#
-            ),
-            "quiet root=PARTUUID=0eaa91a0-01 ro"
-        );
+    /// Adds vCPUs, or asks the guest to let go of some, until there are `count`.
+    ///
+    /// # Errors
+    /// When their number is fixed, or cannot be that.
+    pub fn set_vcpus(&mut self, count: u8) -> Result<(), vcpus::Error> {
+        self.vcpus.set_count(count)
     }
 
-    #[test]
-    fn the_root_drive_is_no_argument_of_init() {
-        let drive = r#"{"drive_id":"a","path_on_host":"/a","is_root_device":true}"#;
-        for (args, expected) in [
-            ("", "root=/dev/vda rw"),
-            ("quiet -- a -- b", "quiet root=/dev/vda rw -- a -- b"),
-            ("quiet --", "quiet root=/dev/vda rw --"),
-            ("-- a", "root=/dev/vda rw -- a"),
-            ("a=--b --c d--", "a=--b --c d-- root=/dev/vda rw"),
-            (r#"a="b -- c" -- d"#, r#"a="b -- c" root=/dev/vda rw -- d"#),
-        ] {
-            assert_eq!(line_with(args, drive), expected);
+    /// Stops the vCPUs that the guest has let go.
+    pub fn park_ejected_vcpus(&mut self) {
+        if let Some(registers) = &self.panel.vcpus {
+            // First forgotten, then looked at: what comes later wakes us again.
+            let _ = registers.ejected().read();
         }
-        assert_eq!(line_with("quiet -- a", ""), "quiet -- a");
+        self.vcpus.settle();
+    }
+
+    /// How many vCPUs there are now.
+    pub fn vcpu_count(&self) -> u8 {
+        u8::try_from(self.vcpus.present().count_ones()).unwrap_or(u8::MAX)
     }
 }

@@ -57,21 +57,25 @@ pub struct MmioDeviceInfo {
     pub gsi: u32,
 }
 
-/// The generic event device that carries the power button.
+/// The generic event device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct GedInfo {
     /// Interrupt pin of the I/O APIC (edge-triggered).
     pub gsi: u32,
     /// Guest-physical address of the 4-byte register that reads as the pending events
-    /// (bit 0: power button) and clears them by being read.
+    /// (`devices::acpi::Event`) and clears them by being read.
     pub event_register: u64,
 }
 
 /// What the tables tell a guest about its machine.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct MachineDescription {
-    /// Number of vCPUs; their APIC ids are `0..vcpus`.
+    /// Number of vCPUs at the start; their APIC ids are `0..vcpus`.
     pub vcpus: u8,
+    /// How many there can be, at least `vcpus`.
+    pub max_vcpus: u8,
+    /// Whether their number can change.
+    pub vcpu_hotplug: bool,
     /// Every virtio-mmio device in the order of the configuration.
     pub mmio_devices: Vec<MmioDeviceInfo>,
     /// Whether there is a serial port at `layout::COM1_PORT`.

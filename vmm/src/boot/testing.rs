@@ -40,6 +40,8 @@ pub(super) fn machine(devices: u32) -> MachineDescription {
     };
     MachineDescription {
         vcpus: 1,
+        max_vcpus: 1,
+        vcpu_hotplug: false,
         mmio_devices: (0..devices).map(device).collect(),
         has_com1: true,
         has_i8042: true,

@@ -107,6 +107,24 @@ fn bounds_cpus_and_memory() {
 }
 
 #[test]
+fn vcpus_may_be_added_up_to_a_bound() {
+    let with = |most: &str| machine(&format!(r#""vcpu_count":2,"mem_size_mib":1{most}"#));
+    let config = |most| Config::from_json(with(most).as_bytes()).unwrap();
+    let fixed = config("").machine_config;
+    assert_eq!((fixed.max_vcpu_count, fixed.max_vcpus()), (None, 2));
+    let least = config(r#","max_vcpu_count":2"#).machine_config;
+    assert_eq!((least.max_vcpu_count, least.max_vcpus()), (Some(2), 2));
+    let most = config(r#","max_vcpu_count":32"#).machine_config;
+    assert_eq!((most.vcpu_count, most.max_vcpus()), (2, 32));
+    for count in ["1", "33"] {
+        refused_with(
+            &with(&format!(r#","max_vcpu_count":{count}"#)),
+            &["machine-config.max_vcpu_count", count, "`vcpu_count` to 32"],
+        );
+    }
+}
+
+#[test]
 fn names_what_is_not_supported_yet() {
     for (extra, field) in [
         (r#","balloon":{"amount_mib":1}"#, "`balloon`"),

@@ -14,7 +14,7 @@ use thiserror::Error;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 use crate::ending::End;
-use crate::machine::{Machine, Panel};
+use crate::machine::{Machine, Panel, RunningMachine};
 use console::Input;
 
 /// How long a guest may take to shut down after its power button was pressed.
@@ -44,10 +44,17 @@ enum Token {
     Signal,
     Room,
     Stdin,
+    Ejected,
 }
 
 impl Token {
-    const ALL: [Self; 4] = [Self::End, Self::Signal, Self::Room, Self::Stdin];
+    const ALL: [Self; 5] = [
+        Self::End,
+        Self::Signal,
+        Self::Room,
+        Self::Stdin,
+        Self::Ejected,
+    ];
 }
 
 /// The control thread's loop, made while descriptors may still be made.
@@ -92,13 +99,16 @@ impl Control {
     /// # Errors
     /// When the machine cannot be started; nothing of the guest has run then.
     pub fn run(mut self, machine: Machine) -> Result<End, crate::Error> {
-        let machine = machine.start()?;
+        let mut machine = machine.start()?;
         let panel = &machine.panel;
         self.watch(panel.ends.event(), Token::End)?;
         self.watch(&self.signals, Token::Signal)?;
         self.watch(panel.serial.room(), Token::Room)?;
+        if let Some(vcpus) = &panel.vcpus {
+            self.watch(vcpus.ejected(), Token::Ejected)?;
+        }
         machine.resume();
-        let end = match self.wait_for_end(panel) {
+        let end = match self.wait_for_end(&mut machine) {
             Ok(end) => end,
             Err(error) => End::Failed(error.to_string()),
         };
@@ -114,9 +124,10 @@ impl Control {
             .map_err(failed("watch a descriptor"))
     }
 
-    fn wait_for_end(&mut self, panel: &Panel) -> Result<End, Error> {
+    fn wait_for_end(&mut self, machine: &mut RunningMachine) -> Result<End, Error> {
         let mut events = [EpollEvent::default(); 4];
         loop {
+            let panel = &machine.panel;
             let busy = self
                 .input
                 .pump(&panel.serial, &self.epoll, Token::Stdin as u64);
@@ -125,6 +136,7 @@ impl Control {
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => 0,
                 Err(error) => return Err(failed("wait for events")(error)),
             };
+            let mut ejected = false;
             for event in events.iter().take(count) {
                 let token = Token::ALL
                     .iter()
@@ -136,6 +148,7 @@ impl Control {
                         let _ = panel.serial.room().read();
                     }
                     Some(Token::Stdin) => self.input.read(&self.epoll),
+                    Some(Token::Ejected) => ejected = true,
                     Some(Token::End) | None => {}
                 }
             }
@@ -145,6 +158,9 @@ impl Control {
             }
             if self.deadline.is_some_and(|at| at <= Instant::now()) {
                 return Ok(End::ByHost);
+            }
+            if ejected {
+                machine.park_ejected_vcpus();
             }
         }
     }

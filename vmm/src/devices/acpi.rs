@@ -5,7 +5,7 @@
 //! | 0 | 1 | sleep control (ACPI 6.5, section 4.8.3.7): `SLP_EN` with `SLP_TYP` 5 powers off |
 //! | 1 | 1 | sleep status: always 0, nothing wakes up here |
 //! | 2 | 1 | reset: writing 1 resets |
-//! | 4 | 4 | pending events of the generic event device: bit 0 power button; reading clears |
+//! | 4 | 4 | pending [`Event`]s of the generic event device; reading clears |
 //!
 //! Anything else reads as zero and ignores writes.
 
@@ -29,7 +29,22 @@ pub const EVENTS: u64 = 4;
 const POWER_OFF: u8 = 5 << 2 | 1 << 5;
 const SLEEP_BITS: u8 = 0b0011_1100;
 const RESET_VALUE: u8 = 1;
-const POWER_BUTTON: u32 = 1;
+
+/// What the generic event device tells a guest of: its bit in the register of pending events.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u32)]
+pub enum Event {
+    /// The power button was pressed.
+    PowerButton = 1 << 0,
+    /// vCPUs were added, or are asked to go.
+    Vcpus = 1 << 1,
+    /// PCI devices came, or are asked to go.
+    Pci = 1 << 2,
+    /// The machine is another one than before: it was restored or cloned.
+    Generation = 1 << 3,
+    /// The clock page has changed.
+    Clock = 1 << 4,
+}
 
 /// The registers.
 pub struct AcpiRegisters {
@@ -58,8 +73,13 @@ impl AcpiRegisters {
 
     /// Presses the power button: a guest with ACPI shuts down in its own time.
     pub fn press_power_button(&self) {
+        self.raise(Event::PowerButton);
+    }
+
+    /// Tells the guest of `event`.
+    pub fn raise(&self, event: Event) {
         // First the bit: the guest's handler reads it when the interrupt comes.
-        self.pending.fetch_or(POWER_BUTTON, Ordering::SeqCst);
+        self.pending.fetch_or(event as u32, Ordering::SeqCst);
         // An eventfd fails only in ways that a new attempt would too.
         let _ = self.line.trigger();
     }
@@ -138,5 +158,16 @@ mod tests {
         assert_eq!(data, [1, 0, 0, 0]);
         registers.read(4, &mut data);
         assert_eq!(data, [0; 4]);
+    }
+
+    #[test]
+    fn events_gather_until_they_are_read() {
+        let (registers, _) = registers();
+        registers.raise(Event::Vcpus);
+        registers.raise(Event::Clock);
+        registers.raise(Event::Clock);
+        let mut data = [0; 4];
+        registers.read(4, &mut data);
+        assert_eq!(data, [0b1_0010, 0, 0, 0]);
     }
 }

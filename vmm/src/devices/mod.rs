@@ -3,10 +3,12 @@
 pub mod acpi;
 pub mod i8042;
 pub mod serial;
+pub mod vcpus;
 
 pub use acpi::AcpiRegisters;
 pub use i8042::I8042;
 pub use serial::SerialPort;
+pub use vcpus::VcpuRegisters;
 
 use std::io;
 use std::ops::Deref;

@@ -46,8 +46,12 @@ pub const MMIO_HOLE_START: u64 = 0xc000_0000;
 pub const MMIO_HOLE_END: u64 = 0x1_0000_0000;
 /// Sleep, reset and event registers named by the FADT and by the generic event device.
 pub const ACPI_REGISTERS_START: u64 = MMIO_HOLE_START;
-/// Size of the page of ACPI registers.
-pub const ACPI_REGISTERS_SIZE: u64 = 0x1000;
+/// Size of these in bytes. They share a page with what follows.
+pub const ACPI_REGISTERS_SIZE: u64 = 0x10;
+/// Registers by which vCPUs come and go.
+pub const VCPU_REGISTERS_START: u64 = ACPI_REGISTERS_START + 0x10;
+/// Size of these in bytes.
+pub const VCPU_REGISTERS_SIZE: u64 = 0x10;
 /// First virtio-mmio window; one every [`VIRTIO_MMIO_SIZE`] bytes.
 pub const VIRTIO_MMIO_START: u64 = MMIO_HOLE_START + 0x1000;
 /// Size of a virtio-mmio window.

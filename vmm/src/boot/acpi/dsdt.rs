@@ -2,22 +2,21 @@
 
 use acpi_tables::Aml;
 use acpi_tables::aml::{
-    And, Device, EISAName, Field, FieldAccessType, FieldEntry, FieldLockRule, FieldUpdateRule, IO,
-    If, Interrupt, Local, Memory32Fixed, Method, Name, NotEqual, Notify, OpRegion, OpRegionSpace,
-    Package, Path, ResourceTemplate, Scope, Store, ZERO,
+    Device, EISAName, IO, Interrupt, Memory32Fixed, Name, Notify, Package, Path, ResourceTemplate,
+    Scope,
 };
 use acpi_tables::sdt::Sdt;
 
-use super::{OEM_ID, OEM_REVISION, OEM_TABLE_ID};
-use crate::boot::{Error, GedInfo, MachineDescription, MmioDeviceInfo};
+use super::events::{self, Handler};
+use super::{OEM_ID, OEM_REVISION, OEM_TABLE_ID, bytes, cpus};
+use crate::boot::{Error, MachineDescription, MmioDeviceInfo};
+use crate::devices::acpi::Event;
 use crate::memory::layout;
 
 const HEADER_SIZE: u32 = 36;
 const REVISION: u8 = 2;
 /// Value that the guest writes to sleep control (with SLP_EN) to switch off.
 const S5_SLEEP_TYPE: u8 = 5;
-/// Pending-events bit of the power button.
-const POWER_BUTTON_EVENT: u8 = 1;
 /// Notification "S0 power button pressed" (ACPI 6.5, table 5.164).
 const POWER_BUTTON_PRESSED: u8 = 0x80;
 const COM1_PORTS: u8 = 8;
@@ -35,8 +34,9 @@ pub(super) fn build(machine: &MachineDescription) -> Result<Vec<u8>, Error> {
     if machine.has_i8042 {
         i8042(&mut body);
     }
-    power_button(&mut body);
-    generic_events(&mut body, &machine.ged)?;
+    let mut handlers = vec![power_button(&mut body)];
+    handlers.extend(cpus::hotplug(&mut body, machine)?);
+    events::generic_event_device(&mut body, &machine.ged, &handlers)?;
 
     let mut dsdt = Sdt::new(
         *b"DSDT",
@@ -103,46 +103,17 @@ fn i8042(body: &mut Vec<u8>) {
     );
 }
 
-fn power_button(body: &mut Vec<u8>) {
+fn power_button(body: &mut Vec<u8>) -> Handler {
     device_in_sb(body, "PWRB", &EISAName::new("PNP0C0C"), 0, &[], None);
-}
-
-/// The generic event device (ACPI 6.5, 5.6.9): its interrupt runs `_EVT`, which reads the pending
-/// events, clearing them, and passes them on.
-fn generic_events(body: &mut Vec<u8>, ged: &GedInfo) -> Result<(), Error> {
-    let (base, size) = window(ged.event_register, 4)?;
-    let region = OpRegion::new("EREG".into(), OpRegionSpace::SystemMemory, &base, &size);
-    let field = Field::new(
-        "EREG".into(),
-        FieldAccessType::DWord,
-        FieldLockRule::NoLock,
-        FieldUpdateRule::Preserve,
-        vec![FieldEntry::Named(*b"ESEL", 32)],
-    );
-    let pending = Local(0);
-    let register: Path = "ESEL".into();
-    let read = Store::new(&pending, &register);
-    let pressed = And::new(&ZERO, &pending, &POWER_BUTTON_EVENT);
-    let is_pressed = NotEqual::new(&pressed, &ZERO);
     let button: Path = "\\_SB_.PWRB".into();
-    let notify = Notify::new(&button, &POWER_BUTTON_PRESSED);
-    let notify_if_pressed = If::new(&is_pressed, vec![&notify]);
-    let event = Method::new("_EVT".into(), 1, true, vec![&read, &notify_if_pressed]);
-    let interrupt = edge(ged.gsi);
-    let resources = ResourceTemplate::new(vec![&interrupt]);
-    device_in_sb(
-        body,
-        "GED_",
-        &"ACPI0013",
-        0,
-        &[&region, &field, &event],
-        Some(resources),
-    );
-    Ok(())
+    Handler {
+        event: Event::PowerButton,
+        code: bytes(&Notify::new(&button, &POWER_BUTTON_PRESSED)),
+    }
 }
 
 /// Appends a device under `\_SB_`.
-fn device_in_sb(
+pub(super) fn device_in_sb(
     body: &mut Vec<u8>,
     name: &str,
     hid: &dyn Aml,
@@ -163,12 +134,12 @@ fn device_in_sb(
 }
 
 /// An interrupt pin: edge-triggered, active high, not shared.
-fn edge(gsi: u32) -> Interrupt {
+pub(super) fn edge(gsi: u32) -> Interrupt {
     Interrupt::new(true, true, false, false, gsi)
 }
 
 /// A window below 4 GiB as 32-bit numbers.
-fn window(base: u64, size: u64) -> Result<(u32, u32), Error> {
+pub(super) fn window(base: u64, size: u64) -> Result<(u32, u32), Error> {
     let too_high = || Error::DeviceTooHigh { base, size };
     let end = base.checked_add(size).ok_or_else(too_high)?;
     if end > 1 << 32 {

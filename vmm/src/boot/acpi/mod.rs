@@ -1,14 +1,14 @@
 //! The ACPI tables (ACPI 6.5, hardware-reduced): how an unmodified kernel finds its CPUs, its
 //! devices, its power button, and how to switch off.
 
+mod cpus;
 mod dsdt;
+mod events;
 
 use acpi_tables::Aml;
 use acpi_tables::fadt::{FADTBuilder, Flags};
 use acpi_tables::gas::{AccessSize, AddressSpace, GAS};
-use acpi_tables::madt::{
-    EnabledStatus, IoApic, LocalInterruptController, MADT, ProcessorLocalApic,
-};
+use acpi_tables::madt::{IoApic, LocalInterruptController, MADT};
 use acpi_tables::rsdp::Rsdp;
 use acpi_tables::xsdt::XSDT;
 use vm_memory::{Bytes, GuestAddress};
@@ -102,8 +102,8 @@ fn madt(machine: &MachineDescription) -> Vec<u8> {
         OEM_REVISION,
         LocalInterruptController::Address(layout::LAPIC_START as u32),
     );
-    for id in 0..machine.vcpus {
-        madt.add_structure(ProcessorLocalApic::new(id, id, EnabledStatus::Enabled));
+    for id in 0..machine.max_vcpus {
+        madt.add_structure(cpus::local_apic(id, machine));
     }
     // No interrupt overrides: every pin is named by the device that has it.
     madt.add_structure(IoApic::new(0, layout::IOAPIC_START as u32, 0));

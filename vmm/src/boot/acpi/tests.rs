@@ -89,6 +89,7 @@ fn madt_names_every_cpu() {
     for (vcpus, pit) in [(1, false), (2, true), (32, false)] {
         let mut machine = machine(0);
         machine.vcpus = vcpus;
+        machine.max_vcpus = vcpus;
         machine.pit = pit;
         let madt = tables(&machine).madt;
         assert_eq!(word(&madt, 36), 0xfee0_0000);
@@ -99,6 +100,75 @@ fn madt_names_every_cpu() {
         }
         assert_eq!(io_apic, [1, 12, 0, 0, 0, 0, 0xc0, 0xfe, 0, 0, 0, 0]);
     }
+}
+
+/// A machine with two CPUs that can have four.
+fn machine_that_grows() -> MachineDescription {
+    MachineDescription {
+        vcpus: 2,
+        max_vcpus: 4,
+        vcpu_hotplug: true,
+        ..machine(0)
+    }
+}
+
+#[test]
+fn madt_tells_cpus_that_can_come() {
+    let madt = tables(&machine_that_grows()).madt;
+    let flags: Vec<u8> = madt[44..76].chunks(8).map(|cpu| cpu[4]).collect();
+    assert_eq!(
+        flags,
+        [1, 1, 2, 2],
+        "enabled, enabled, online capable, online capable"
+    );
+}
+
+#[test]
+fn cpus_come_and_go_by_the_dsdt() {
+    let dsdt = tables(&machine_that_grows()).dsdt;
+    assert_eq!(contains(&dsdt, b"ACPI0007"), 4);
+    assert_eq!(contains(&dsdt, b"_STA"), 4);
+    assert_eq!(contains(&dsdt, b"_EJ0"), 3, "nobody ejects the first");
+    for id in 0..4 {
+        // A buffer of eight bytes: the entry in the MADT, enabled.
+        let entry = [b'_', b'M', b'A', b'T', 0x11, 11, 0x0a, 8, 0, 8, id, id, 1];
+        assert_eq!(contains(&dsdt, &entry), 1, "CPU {id}");
+    }
+    // The registers: an operation region in memory.
+    let region = [
+        &b"\x5b\x80CREG\x00\x0c"[..],
+        &(layout::VCPU_REGISTERS_START as u32).to_le_bytes(),
+        &[0x0a, 0x10],
+    ];
+    assert_eq!(contains(&dsdt, &region.concat()), 1);
+    // If (And (Local0, 4)) Notify (C002, 1); If (And (Local1, 4)) Notify (C002, 3).
+    for (local, what) in [(0x60, &b"\x01"[..]), (0x61, b"\x0a\x03")] {
+        let condition = [0x92, 0x93, 0x7b, local, 0x0a, 4, 0, 0];
+        let notify = [&b"\x86\\\x2e_SB_C002"[..], what].concat();
+        assert_eq!(contains(&dsdt, &[&condition[..], &notify].concat()), 1);
+    }
+    // The generic event device calls the scan on bit 1.
+    let call = [
+        &[0x92, 0x93, 0x7b, 0x60, 0x0a, 2, 0, 0][..],
+        b"\\\x2e_SB_CSCN",
+    ]
+    .concat();
+    assert_eq!(contains(&dsdt, &call), 1);
+
+    let fixed = tables(&machine(0)).dsdt;
+    for name in [&b"ACPI0007"[..], b"CSCN", b"CREG"] {
+        assert_eq!(contains(&fixed, name), 0);
+    }
+}
+
+#[test]
+fn the_largest_number_of_cpus_fits() {
+    let mut machine = machine_that_grows();
+    machine.max_vcpus = 32;
+    let tables = tables(&machine);
+    assert_eq!(contains(&tables.dsdt, b"ACPI0007"), 32);
+    // The last one's bit as a double word.
+    assert_eq!(contains(&tables.dsdt, b"\x0c\x00\x00\x00\x80"), 4);
 }
 
 #[test]
