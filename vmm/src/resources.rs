@@ -213,7 +213,11 @@ impl Source {
         let initrd = initrd.map(|path| self.file("initrd", path, false));
         let initrd = initrd.transpose()?;
         let drives = config.drives_in_order();
-        let drives = drives.map(|d| self.file("drive", &d.path_on_host, !d.is_read_only));
+        let drives = drives.map(|drive| {
+            // Without one it has a back-end, which is refused before.
+            let path = drive.path_on_host.as_deref().unwrap_or_default();
+            self.file("drive", path, !drive.is_read_only)
+        });
         let drives = drives.collect::<Result<_, _>>()?;
         let taps = config.network_interfaces.iter();
         let taps = taps.map(|network| self.tap(&network.host_dev_name));

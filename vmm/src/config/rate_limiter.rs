@@ -2,12 +2,12 @@
 
 use std::time::Duration;
 
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 
 use crate::virtio::rate_limiter::{BucketOptions, LimiterOptions};
 
 /// A device's limits.
-#[derive(Clone, Copy, Debug, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct RateLimiter {
     /// In bytes.
@@ -17,7 +17,7 @@ pub struct RateLimiter {
 }
 
 /// One limit: `size` tokens every `refill_time`.
-#[derive(Clone, Copy, Debug, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct TokenBucket {
     /// Tokens; 0 limits nothing.

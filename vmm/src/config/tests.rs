@@ -1,6 +1,7 @@
 //! What a config may say, and the words with which another one is refused.
 
 use super::*;
+use crate::boot::Protocol;
 
 /// A config with a `machine-config`, a `boot-source` and whatever else.
 fn with(extra: &str) -> String {
@@ -127,11 +128,27 @@ fn vcpus_may_be_added_up_to_a_bound() {
 #[test]
 fn names_what_is_not_supported_yet() {
     for (extra, field) in [
-        (r#","balloon":{"amount_mib":1}"#, "`balloon`"),
+        (
+            r#","balloon":{"amount_mib":1,"deflate_on_oom":true}"#,
+            "`balloon`",
+        ),
         (r#","cpu-config":{}"#, "`cpu-config`"),
         (r#","logger":{}"#, "`logger`"),
-        (r#","metrics":{}"#, "`metrics`"),
-        (r#","mmds-config":{}"#, "`mmds-config`"),
+        (r#","metrics":{"metrics_path":"/m"}"#, "`metrics`"),
+        (
+            r#","mmds-config":{"network_interfaces":["a"]}"#,
+            "`mmds-config`",
+        ),
+        (r#","pmem":[{"id":"a","path_on_host":"/a"}]"#, "`pmem`"),
+        (r#","serial":{}"#, "`serial`"),
+        (
+            r#","memory-hotplug":{"total_size_mib":128}"#,
+            "`memory-hotplug`",
+        ),
+        (
+            r#","drives":[{"drive_id":"a","socket":"/a"}]"#,
+            "drives[].socket",
+        ),
         (
             r#","drives":[{"drive_id":"a","path_on_host":"/a","io_engine":"Async"}]"#,
             "drives[].io_engine",
@@ -256,4 +273,108 @@ fn counts_interrupt_pins() {
             available: 18
         })
     ));
+}
+
+/// What `GET /vm/config` shows: Firecracker's fields and no others, unless they were used.
+#[test]
+fn is_written_as_it_is_read() {
+    let empty = serde_json::to_value(Config::default()).unwrap();
+    assert_eq!(
+        empty,
+        serde_json::json!({
+            "balloon": null, "drives": [],
+            "boot-source": {"kernel_image_path": "", "initrd_path": null, "boot_args": null},
+            "cpu-config": null, "logger": null,
+            "machine-config": {"vcpu_count": 1, "mem_size_mib": 128, "smt": false,
+                "track_dirty_pages": false, "huge_pages": "None"},
+            "metrics": null, "mmds-config": null, "network-interfaces": [], "vsock": null,
+            "entropy": null, "pmem": [], "memory-hotplug": null,
+        })
+    );
+    let text = with(
+        r#","drives":[{"drive_id":"a","path_on_host":"/a","discard":false,
+            "rate_limiter":{"ops":{"size":1,"refill_time":2}}}],
+        "network-interfaces":[{"iface_id":"a","host_dev_name":"t","guest_mac":"06:00:AC:10:00:02"}]"#,
+    );
+    let config = Config::from_json(text.as_bytes()).unwrap();
+    let written = serde_json::to_value(&config).unwrap();
+    let drive = serde_json::json!({
+        "drive_id": "a", "partuuid": null, "is_root_device": false, "cache_type": "Unsafe",
+        "is_read_only": false, "path_on_host": "/a", "io_engine": null, "socket": null,
+        "rate_limiter": {"bandwidth": null, "ops": {"size": 1, "one_time_burst": null, "refill_time": 2}},
+        "discard": false,
+    });
+    assert_eq!(written["drives"][0], drive);
+    assert_eq!(
+        written["network-interfaces"][0]["guest_mac"],
+        "06:00:ac:10:00:02"
+    );
+    let again = Config::from_json(written.to_string().as_bytes()).unwrap();
+    assert_eq!(serde_json::to_value(&again).unwrap(), written);
+}
+
+#[test]
+fn checks_what_is_refused_later_anyway() {
+    let config = |change: fn(&mut Config)| {
+        let mut config = Config::from_json(with("").as_bytes()).unwrap();
+        change(&mut config);
+        let error = config.check_devices().unwrap_err();
+        error.to_string()
+    };
+    let balloon = Balloon {
+        amount_mib: 129,
+        deflate_on_oom: false,
+        stats_polling_interval_s: 0,
+        free_page_hinting: false,
+        free_page_reporting: false,
+    };
+    let mut too_much = Config::from_json(with("").as_bytes()).unwrap();
+    too_much.balloon = Some(balloon);
+    let error = too_much.check_devices().unwrap_err().to_string();
+    assert!(error.contains("balloon.amount_mib"), "{error}");
+    let mmds = |network_interfaces: &[&str], address: &str| MmdsConfig {
+        version: MmdsVersion::V2,
+        network_interfaces: network_interfaces.iter().map(|id| (*id).into()).collect(),
+        ipv4_address: Some(address.parse().unwrap()),
+        imds_compat: false,
+    };
+    let cards: [NetworkInterface; 1] =
+        [serde_json::from_str(r#"{"iface_id":"a","host_dev_name":"t"}"#).unwrap()];
+    assert!(mmds(&["a"], "169.254.7.7").check(&cards).is_ok());
+    for wrong in [
+        mmds(&["b"], "169.254.7.7"),
+        mmds(&[], "169.254.7.7"),
+        mmds(&["a"], "169.254.0.7"),
+        mmds(&["a"], "10.0.0.1"),
+    ] {
+        assert!(wrong.check(&cards).is_err(), "{wrong:?}");
+    }
+    let hotplug = |total_size_mib, block_size_mib, slot_size_mib| MemoryHotplug {
+        total_size_mib,
+        block_size_mib,
+        slot_size_mib,
+    };
+    assert!(hotplug(1024, 2, 128).check().is_ok());
+    for (total, block, slot) in [
+        (0, 2, 128),
+        (1024, 3, 128),
+        (1024, 1, 128),
+        (1024, 2, 64),
+        (1000, 2, 128),
+        (1024, 256, 128),
+    ] {
+        assert!(hotplug(total, block, slot).check().is_err());
+    }
+    let both = config(|config| {
+        let drive = r#"{"drive_id":"a","path_on_host":"/a","is_root_device":true}"#;
+        let pmem = r#"{"id":"p","path_on_host":"/p","root_device":true}"#;
+        config.drives.push(serde_json::from_str(drive).unwrap());
+        config.pmem.push(serde_json::from_str(pmem).unwrap());
+    });
+    assert!(both.contains("\"a\" and \"p\""), "{both}");
+    let neither = config(|config| {
+        let drive = r#"{"drive_id":"a"}"#;
+        config.drives.push(serde_json::from_str(drive).unwrap());
+    });
+    assert!(neither.contains("`socket`"), "{neither}");
 }

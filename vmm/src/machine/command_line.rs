@@ -5,7 +5,7 @@ use crate::config::Config;
 /// The configured command line and, with a root drive, where the root file system is: as
 /// Firecracker does it. Behind a `--` it would be an argument of init.
 pub(super) fn command_line(config: &Config) -> String {
-    let args = config.boot_source.boot_args.as_deref().unwrap_or_default();
+    let args = config.boot_source.args();
     let Some(root) = config.drives.iter().find(|drive| drive.is_root_device) else {
         return args.to_owned();
     };

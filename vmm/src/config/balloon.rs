@@ -1,0 +1,29 @@
+//! `balloon`: memory that the guest gives back.
+
+use serde::{Deserialize, Serialize};
+
+/// The balloon device.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct Balloon {
+    /// How much the guest shall give back, in MiB; no more than it has.
+    pub amount_mib: u32,
+    /// Whether the guest takes memory back before it kills a process for want of it.
+    pub deflate_on_oom: bool,
+    /// Seconds between two statistics; 0 for none.
+    #[serde(default)]
+    pub stats_polling_interval_s: u16,
+    /// Whether the guest tells on request which pages are free.
+    #[serde(default)]
+    pub free_page_hinting: bool,
+    /// Whether the guest tells by itself which pages become free.
+    #[serde(default)]
+    pub free_page_reporting: bool,
+}
+
+impl Balloon {
+    /// What of it this VMM does not do yet.
+    pub(super) fn unsupported(&self) -> Option<&'static str> {
+        Some("balloon")
+    }
+}

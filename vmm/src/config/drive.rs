@@ -1,0 +1,111 @@
+//! `drives`: block devices.
+
+use serde::{Deserialize, Serialize};
+
+use super::{Error, RateLimiter, check_path, range};
+
+/// A block device.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct Drive {
+    /// Its name, unique among drives; also its serial number in the guest.
+    pub drive_id: String,
+    /// The partition that holds the root file system.
+    pub partuuid: Option<String>,
+    /// Whether the kernel's root file system is on it.
+    #[serde(default)]
+    pub is_root_device: bool,
+    /// When writes are on the disk.
+    #[serde(default)]
+    pub cache_type: CacheType,
+    /// Whether the guest may only read it.
+    #[serde(default)]
+    pub is_read_only: bool,
+    /// The image: a regular file or a block device. Either this or `socket`.
+    pub path_on_host: Option<String>,
+    /// How much the guest may use it.
+    pub rate_limiter: Option<RateLimiter>,
+    /// How the image is read and written.
+    pub io_engine: Option<IoEngine>,
+    /// The socket of a vhost-user back-end. Either this or `path_on_host`.
+    pub socket: Option<String>,
+    /// Whether the guest may give blocks back to the host.
+    #[serde(default = "yes", skip_serializing_if = "is_yes")]
+    pub discard: bool,
+}
+
+/// When a block device's writes are on the disk.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
+pub enum CacheType {
+    /// A flush does nothing, and none is offered to the guest.
+    #[default]
+    Unsafe,
+    /// A guest's flush is an `fdatasync`.
+    Writeback,
+}
+
+/// How an image is read and written.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
+pub enum IoEngine {
+    /// One call after the other.
+    #[default]
+    Sync,
+    /// By io_uring.
+    Async,
+}
+
+fn yes() -> bool {
+    true
+}
+
+#[allow(
+    clippy::trivially_copy_pass_by_ref,
+    reason = "the signature that serde calls"
+)]
+fn is_yes(value: &bool) -> bool {
+    *value
+}
+
+impl Drive {
+    pub(super) fn check(&self) -> Result<(), Error> {
+        match (&self.path_on_host, &self.socket) {
+            (Some(path), None) => check_path("drives[].path_on_host", path)?,
+            (None, Some(path)) => check_path("drives[].socket", path)?,
+            _ => {
+                return range(
+                    "drives[].path_on_host",
+                    format_args!("{:?}", self.path_on_host),
+                    "each drive has either this or `socket`",
+                );
+            }
+        }
+        if self.socket.is_some()
+            && (self.is_read_only || self.rate_limiter.is_some() || self.io_engine.is_some())
+        {
+            return range(
+                "drives[].socket",
+                format_args!("{:?}", self.socket),
+                "`is_read_only`, `rate_limiter` and `io_engine` are the back-end's: remove them",
+            );
+        }
+        if let Some(uuid) = &self.partuuid {
+            let fits = |c: char| c.is_ascii_hexdigit() || c == '-';
+            if uuid.is_empty() || uuid.len() > 36 || !uuid.chars().all(fits) {
+                return range(
+                    "drives[].partuuid",
+                    format_args!("{uuid:?}"),
+                    "use a partition's UUID: hexadecimal digits and hyphens",
+                );
+            }
+        }
+        Ok(())
+    }
+
+    /// What of it this VMM does not do yet.
+    pub(super) fn unsupported(&self) -> Option<&'static str> {
+        if self.io_engine == Some(IoEngine::Async) {
+            return Some("drives[].io_engine: Async");
+        }
+        self.socket.as_ref().map(|_| "drives[].socket")
+    }
+}

@@ -1,0 +1,70 @@
+//! `mmds-config`: the metadata service.
+
+use std::net::Ipv4Addr;
+
+use serde::{Deserialize, Serialize};
+
+use super::{Error, NetworkInterface, range};
+
+/// The metadata service.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct MmdsConfig {
+    /// How guests ask.
+    #[serde(default)]
+    pub version: MmdsVersion,
+    /// The network cards on which it answers; at least one.
+    pub network_interfaces: Vec<String>,
+    /// Its address, a link-local one; 169.254.169.254 without it.
+    pub ipv4_address: Option<Ipv4Addr>,
+    /// Whether it answers as EC2's service does, whatever the guest asks to accept.
+    #[serde(default)]
+    pub imds_compat: bool,
+}
+
+/// How guests ask for metadata.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
+pub enum MmdsVersion {
+    /// By a GET.
+    #[default]
+    V1,
+    /// By a GET with a token.
+    V2,
+}
+
+impl MmdsConfig {
+    pub(super) fn check(&self, cards: &[NetworkInterface]) -> Result<(), Error> {
+        // RFC 3927, section 2.1: the first and the last 256 addresses are reserved.
+        let fits = |address: Ipv4Addr| {
+            address.is_link_local() && !matches!(address.octets(), [_, _, 0 | 255, _])
+        };
+        if let Some(address) = self.ipv4_address.filter(|address| !fits(*address)) {
+            return range(
+                "mmds-config.ipv4_address",
+                address,
+                "use a link-local address, 169.254.1.0 to 169.254.254.255",
+            );
+        }
+        if self.network_interfaces.is_empty() {
+            return range(
+                "mmds-config.network_interfaces",
+                "empty",
+                "name at least one network card",
+            );
+        }
+        let unknown = |id: &&String| !cards.iter().any(|card| card.iface_id == **id);
+        match self.network_interfaces.iter().find(unknown) {
+            Some(id) => range(
+                "mmds-config.network_interfaces",
+                format_args!("{id:.80?}"),
+                "there is no network card of that name: configure it first",
+            ),
+            None => Ok(()),
+        }
+    }
+
+    /// What of it this VMM does not do yet.
+    pub(super) fn unsupported(&self) -> Option<&'static str> {
+        Some("mmds-config")
+    }
+}

@@ -1,0 +1,82 @@
+//! `network-interfaces`: network cards.
+
+use std::fmt;
+
+use serde::{Deserialize, Serialize, Serializer};
+
+use super::{Error, RateLimiter, check_path, range};
+
+/// Smallest MTU that a virtio network card may announce (virtio 1.2, section 5.1.4.1).
+const MIN_MTU: u16 = 68;
+
+/// A network card.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct NetworkInterface {
+    /// Its name, unique among network cards.
+    pub iface_id: String,
+    /// The tap interface behind it.
+    pub host_dev_name: String,
+    /// Its address; without it the guest chooses.
+    pub guest_mac: Option<MacAddress>,
+    /// Largest packet in bytes that the guest should send, 68 to 65535.
+    pub mtu: Option<u16>,
+    /// How much the guest may receive.
+    pub rx_rate_limiter: Option<RateLimiter>,
+    /// How much the guest may send.
+    pub tx_rate_limiter: Option<RateLimiter>,
+}
+
+impl NetworkInterface {
+    pub(super) fn check(&self) -> Result<(), Error> {
+        check_path("network-interfaces[].host_dev_name", &self.host_dev_name)?;
+        match self.mtu.filter(|mtu| *mtu < MIN_MTU) {
+            Some(mtu) => range("network-interfaces[].mtu", mtu, "use 68 to 65535"),
+            None => Ok(()),
+        }
+    }
+}
+
+/// An Ethernet address.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Deserialize)]
+#[serde(try_from = "String")]
+pub struct MacAddress(pub [u8; 6]);
+
+impl TryFrom<String> for MacAddress {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        let wrong = || format!("{text:.80?} is not a MAC address such as 06:00:ac:10:00:02");
+        let mut bytes = [0; 6];
+        let mut parts = text.split(':');
+        for byte in &mut bytes {
+            let part = parts.next().filter(|part| part.len() == 2);
+            let part = part.filter(|part| part.bytes().all(|c| c.is_ascii_hexdigit()));
+            *byte = part
+                .and_then(|part| u8::from_str_radix(part, 16).ok())
+                .ok_or_else(wrong)?;
+        }
+        if parts.next().is_some() {
+            return Err(wrong());
+        }
+        if bytes[0] & 1 != 0 {
+            return Err(format!(
+                "{text:?} is a group address: the first byte of a card's own address is even"
+            ));
+        }
+        Ok(Self(bytes))
+    }
+}
+
+impl fmt::Display for MacAddress {
+    fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let [a, b, c, d, e, f] = self.0;
+        write!(out, "{a:02x}:{b:02x}:{c:02x}:{d:02x}:{e:02x}:{f:02x}")
+    }
+}
+
+impl Serialize for MacAddress {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
+    }
+}
