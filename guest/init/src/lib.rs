@@ -11,6 +11,8 @@
 
 pub mod button;
 pub mod command;
+pub mod cpus;
+pub mod hardware;
 pub mod host;
 pub mod modules;
 pub mod mounts;
@@ -106,13 +108,13 @@ fn guest(host: &mut Option<OwnedFd>) -> Result<(), Error> {
     set_hostname(&spec);
     let signals = session::Signals::block()?;
     let child = command::spawn(&spec)?;
-    let buttons = button::open_all();
+    let hardware = hardware::Hardware::listen();
     let ended = session::run(
         stream,
         decoder,
         child,
         &signals,
-        buttons,
+        &hardware,
         &power::kill_everyone,
     )?;
     if let Some(exited) = ended {

@@ -3,8 +3,8 @@
 //! One thread and one poll loop. Nothing in it blocks, so a signal from the host gets through while the command reads
 //! no input, or the host takes no output; buffers are bounded, and what does not fit waits at its source.
 
-use crate::button;
 use crate::command::{self, Child};
+use crate::hardware::Hardware;
 use crate::protocol::{Decoder, Exited, Frame, STDIN_WINDOW};
 use crate::{Ended, Error, say};
 use nix::errno::Errno;
@@ -15,7 +15,6 @@ use nix::sys::signalfd::{SfdFlags, SignalFd};
 use nix::sys::socket::{Shutdown, shutdown};
 use nix::unistd::Pid;
 use std::collections::VecDeque;
-use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::time::{Duration, Instant};
 
@@ -141,7 +140,7 @@ pub fn run(
     decoder: Decoder,
     child: Child,
     signals: &Signals,
-    buttons: Vec<File>,
+    hardware: &Hardware,
     end_all: &dyn Fn(),
 ) -> Result<Ended, Error> {
     fcntl(stream, FcntlArg::F_SETFL(OFlag::O_NONBLOCK)).map_err(|errno| {
@@ -163,7 +162,7 @@ pub fn run(
     };
     // What came together with the Spec.
     session.take_frames()?;
-    let result = session.serve(signals, &buttons, end_all);
+    let result = session.serve(signals, hardware, end_all);
     if !matches!(result, Ok(Some(_))) {
         let _ = signal_group(pid, Signal::SIGKILL as i32);
     }
@@ -220,14 +219,14 @@ enum Source {
     Input,
     Output,
     ErrorOutput,
-    Button(usize),
+    Hardware(usize),
 }
 
 impl Session<'_> {
     fn serve(
         &mut self,
         signals: &Signals,
-        buttons: &[File],
+        hardware: &Hardware,
         end_all: &dyn Fn(),
     ) -> Result<Ended, Error> {
         loop {
@@ -245,7 +244,7 @@ impl Session<'_> {
                 self.kill_at = None;
                 let _ = signal_group(self.child.pid, Signal::SIGKILL as i32);
             }
-            for (source, events) in self.wait(signals, buttons)? {
+            for (source, events) in self.wait(signals, hardware)? {
                 match source {
                     Source::Host => {
                         if !self.exchange(events)? {
@@ -256,8 +255,8 @@ impl Session<'_> {
                     Source::Input => self.pass_input(),
                     Source::Output => self.pass_output(false)?,
                     Source::ErrorOutput => self.pass_output(true)?,
-                    Source::Button(index) => {
-                        if buttons.get(index).is_some_and(button::pressed) {
+                    Source::Hardware(index) => {
+                        if hardware.take(index) {
                             self.power_off("power button");
                         }
                     }
@@ -267,7 +266,11 @@ impl Session<'_> {
     }
 
     /// Waits for something to do.
-    fn wait(&self, signals: &Signals, buttons: &[File]) -> Result<Vec<(Source, PollFlags)>, Error> {
+    fn wait(
+        &self,
+        signals: &Signals,
+        hardware: &Hardware,
+    ) -> Result<Vec<(Source, PollFlags)>, Error> {
         let mut sources = Vec::with_capacity(8);
         let mut descriptors: Vec<PollFd> = Vec::with_capacity(8);
         let mut add = |source, descriptor, events| {
@@ -295,8 +298,8 @@ impl Session<'_> {
                 add(Source::ErrorOutput, stderr.as_fd(), PollFlags::POLLIN);
             }
         }
-        for (index, button) in buttons.iter().enumerate() {
-            add(Source::Button(index), button.as_fd(), PollFlags::POLLIN);
+        for (index, descriptor) in hardware.descriptors().enumerate() {
+            add(Source::Hardware(index), descriptor, PollFlags::POLLIN);
         }
         // While the host has something to take, it decides how long that lasts.
         let drain_until = self.drain_until.filter(|_| self.output.is_empty());

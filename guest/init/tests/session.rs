@@ -3,6 +3,7 @@
 //! It runs without the usual harness: like PID 1, a session blocks signals for its process and reaps every child.
 
 use casemate_init::command;
+use casemate_init::hardware::Hardware;
 use casemate_init::protocol::{
     Decoder, Exited, FailureKind, Frame, MAX_PAYLOAD, STDIN_WINDOW, Sender, Spec,
 };
@@ -136,7 +137,7 @@ fn converse(
         Decoder::new(Sender::Host),
         child,
         signals,
-        Vec::new(),
+        &Hardware::default(),
         &end_all,
     );
     drop(guest);
