@@ -1,7 +1,7 @@
 //! The Casemate virtual machine monitor: one process, one microVM.
 //!
 //! Dependencies point one way:
-//! `main → control → machine → {virtio, boot} → {bus, event_loop, memory} → kvm`.
+//! `main → control → machine → {virtio, boot} → {bus, event_loop, memory, mmds} → kvm`.
 //! A device imports neither `kvm` nor a transport.
 
 pub mod arguments;
@@ -17,6 +17,7 @@ pub mod lockdown;
 pub mod logging;
 pub mod machine;
 pub mod memory;
+pub mod mmds;
 pub mod resources;
 #[cfg(test)]
 mod testing;
