@@ -51,6 +51,8 @@ pub enum Kind {
     FileRo,
     /// A regular file or block device, open for reading and writing.
     FileRw,
+    /// A regular file to append to, or a named pipe; writing to it never waits for a reader.
+    Append,
     /// A tap interface's queue (`/dev/net/tun` after `TUNSETIFF`).
     Tap,
     /// A listening Unix stream socket.
@@ -168,6 +170,7 @@ impl Kind {
             Self::Kvm => "always granted",
             Self::FileRo => "--grant-ro",
             Self::FileRw => "--grant-rw",
+            Self::Append => "--grant-append",
             Self::Tap => "--grant-tap",
             Self::Listener => "--grant-listen",
             Self::Broker => "--grant-listen or --allow-open",
@@ -340,6 +343,11 @@ fn is_kind(fd: &OwnedFd, kind: Kind) -> bool {
         Kind::Tap => is_device(TUN_DEVICE),
         Kind::FileRo => is_file && access == OFlag::O_RDONLY,
         Kind::FileRw => is_file && access == OFlag::O_RDWR,
+        Kind::Append => match file_type {
+            SFlag::S_IFREG => access == OFlag::O_WRONLY && flags.contains(OFlag::O_APPEND),
+            SFlag::S_IFIFO => access != OFlag::O_RDONLY && flags.contains(OFlag::O_NONBLOCK),
+            _ => false,
+        },
         Kind::Log => access != OFlag::O_RDONLY,
         Kind::Listener => {
             is_unix(fd)

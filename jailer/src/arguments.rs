@@ -26,6 +26,7 @@ The machine:
 What it may use (descriptors, opened now; names are those of the machine config, PATH itself if not given):
   --grant-ro [NAME=]PATH    a file or block device for reading
   --grant-rw [NAME=]PATH    a file or block device for reading and writing
+  --grant-append [NAME=]PATH  a file to append to, made if it is not there, or a named pipe to write to
   --grant-tap [NAME=]IF     an existing tap interface, in --netns if that is given
   --grant-listen [NAME=]PATH  a Unix socket, made here and owned by --uid; guests' connections
                             go to PATH_<port>. The caller removes it.
@@ -39,8 +40,8 @@ How much (cgroups are made at <parent>/ID; the caller removes them):
   --cgroup-if-there FILE=VALUE  the same, but passed over where this host has no such file
   --cgroup-version 1|2      where to look for a controller [both]
   --parent-cgroup PATH      [the name of --exec-file]
-  --resource-limit no-file=N|fsize=N  [no-file=2048; fsize: the largest --grant-rw file, unless streams
-                            or the log go to a file, or files may be asked for later]
+  --resource-limit no-file=N|fsize=N  [no-file=2048; fsize: the largest --grant-rw file, unless streams,
+                            the log or a --grant-append go to a file, or files may be asked for later]
 
   --allow-missing=landlock  start although the kernel has no Landlock
   --help, --version
@@ -161,6 +162,8 @@ pub enum GrantKind {
     ReadOnly,
     /// `--grant-rw`
     ReadWrite,
+    /// `--grant-append`
+    Append,
     /// `--grant-tap`
     Tap,
     /// `--grant-listen`
@@ -276,6 +279,9 @@ pub fn parse(arguments: impl Iterator<Item = OsString>) -> Result<Command, Argum
             "grant-rw" => result
                 .grants
                 .push(grant(GrantKind::ReadWrite, parser.value()?)?),
+            "grant-append" => result
+                .grants
+                .push(grant(GrantKind::Append, parser.value()?)?),
             "grant-tap" => result.grants.push(grant(GrantKind::Tap, parser.value()?)?),
             "grant-listen" => result
                 .grants
@@ -414,6 +420,7 @@ fn grant(kind: GrantKind, value: OsString) -> Result<Grant, ArgumentError> {
     let option = match kind {
         GrantKind::ReadOnly => "grant-ro",
         GrantKind::ReadWrite => "grant-rw",
+        GrantKind::Append => "grant-append",
         GrantKind::Tap => "grant-tap",
         GrantKind::Listen => "grant-listen",
     };

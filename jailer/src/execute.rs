@@ -193,12 +193,16 @@ impl<'a> Jail<'a> {
             }
             Step::OpenFiles => {
                 for grant in &arguments.grants {
-                    let (kind, write) = match grant.kind {
-                        GrantKind::ReadOnly => (Kind::FileRo, false),
-                        GrantKind::ReadWrite => (Kind::FileRw, true),
+                    let (kind, file) = match grant.kind {
+                        GrantKind::ReadOnly => {
+                            (Kind::FileRo, grants::open_file(&grant.path, false)?)
+                        }
+                        GrantKind::ReadWrite => {
+                            (Kind::FileRw, grants::open_file(&grant.path, true)?)
+                        }
+                        GrantKind::Append => (Kind::Append, grants::open_append(&grant.path)?),
                         GrantKind::Tap | GrantKind::Listen => continue,
                     };
-                    let file = grants::open_file(&grant.path, write)?;
                     self.name(&grant.name, kind, file);
                 }
                 Ok(())
@@ -246,8 +250,10 @@ impl<'a> Jail<'a> {
                 if limits.fsize.is_none() && self.allowed.is_empty() && self.chroot.is_none() {
                     let disks = self.named.iter().filter(|named| named.kind == Kind::FileRw);
                     let disks = disks.map(|named| named.file.as_fd());
-                    let log = self.log.as_ref().map(|log| log.as_fd());
-                    limits.fsize = growth::limit(disks, log)?;
+                    let logs = self.named.iter().filter(|named| named.kind == Kind::Append);
+                    let logs = logs.map(|named| named.file.as_fd());
+                    let logs = logs.chain(self.log.as_ref().map(|log| log.as_fd()));
+                    limits.fsize = growth::limit(disks, logs)?;
                 }
                 for note in credentials::limit(&limits)? {
                     // The caller does not get what it asked for, so without a log it is told.

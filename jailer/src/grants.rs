@@ -164,6 +164,47 @@ pub fn open_file(path: &Path, write: bool) -> Result<OwnedFd> {
     Ok(file)
 }
 
+/// Opens a regular file to append to, which is made if there is none, or a named pipe to write to.
+/// Writing to the pipe never waits.
+///
+/// # Errors
+/// If it is anything else, or cannot be opened.
+pub fn open_append(path: &Path) -> Result<OwnedFd> {
+    let object = path.display().to_string();
+    let (parent, name) = split(path)?;
+    let directory = open_strictly(parent, OFlag::O_PATH | OFlag::O_DIRECTORY)?;
+    // Looked at before it is opened: opening a device can do something, and a pipe wants a reader.
+    let flags = OFlag::O_PATH | OFlag::O_NOFOLLOW;
+    let kind = match open_strictly_at(directory.as_fd(), Path::new(name), flags) {
+        Ok(there) => file_type(&fstat(&there).doing("look at", &object)?),
+        Err(crate::error::Error::Call {
+            source: Errno::ENOENT,
+            ..
+        }) => SFlag::S_IFREG,
+        Err(error) => return Err(error),
+    };
+    let access = match kind {
+        SFlag::S_IFREG => OFlag::O_WRONLY | OFlag::O_APPEND | OFlag::O_CREAT,
+        // Also for reading: else it could not be opened before its reader is there.
+        SFlag::S_IFIFO => OFlag::O_RDWR,
+        _ => return refused(object, "neither a regular file nor a named pipe"),
+    };
+    let how = OpenHow::new()
+        .flags(access | OFlag::O_NONBLOCK | OFlag::O_NOCTTY | OFlag::O_CLOEXEC)
+        .mode(if access.contains(OFlag::O_CREAT) {
+            Mode::S_IRUSR | Mode::S_IWUSR
+        } else {
+            Mode::empty()
+        })
+        .resolve(ResolveFlag::RESOLVE_NO_SYMLINKS | ResolveFlag::RESOLVE_NO_MAGICLINKS);
+    let file = openat2(&directory, name, how).doing("open", &object)?;
+    let stat = fstat(&file).doing("look at", &object)?;
+    if file_type(&stat) != kind {
+        return refused(object, "it has just been replaced");
+    }
+    Ok(file)
+}
+
 /// Opens a device node.
 ///
 /// # Errors
@@ -334,6 +375,35 @@ mod tests {
         assert!(!needs_loader(&hostile));
         for length in 0..70 {
             needs_loader(&elf(true)[..length]);
+        }
+    }
+
+    #[test]
+    fn appends_to_files_and_pipes_and_nothing_else() {
+        use std::io::Write;
+        let directory = tempfile::tempdir().unwrap();
+        let base = directory.path().canonicalize().unwrap();
+        let file = base.join("f");
+        for line in ["a", "b"] {
+            let mut opened = File::from(open_append(&file).unwrap());
+            opened.write_all(line.as_bytes()).unwrap();
+        }
+        assert_eq!(std::fs::read(&file).unwrap(), b"ab");
+        let mode = std::os::unix::fs::MetadataExt::mode(&std::fs::metadata(&file).unwrap());
+        assert_eq!(mode & 0o777, 0o600);
+        let pipe = base.join("p");
+        nix::unistd::mkfifo(&pipe, Mode::S_IRWXU).unwrap();
+        let mut opened = File::from(open_append(&pipe).unwrap());
+        let full = loop {
+            if let Err(error) = opened.write(&[0; 4096]) {
+                break error;
+            }
+        };
+        assert_eq!(full.kind(), std::io::ErrorKind::WouldBlock);
+        let link = base.join("l");
+        std::os::unix::fs::symlink(&file, &link).unwrap();
+        for path in [&link, &base, Path::new("/dev/null")] {
+            open_append(path).unwrap_err();
         }
     }
 

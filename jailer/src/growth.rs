@@ -10,23 +10,23 @@ use crate::error::{Context, Result};
 /// The limit on a file's size in bytes that fits a machine which writes to `disks`: whoever takes it
 /// over can fill a disk image, as the guest may, but not the host's file system by one that grows.
 ///
-/// None if standard streams or the log go to a file: a limit that is right for the disks is not for them.
+/// None if standard streams or one of `logs` go to a file: a limit that is right for the disks is not for them.
 ///
 /// # Errors
 /// What `fstat(2)` says.
 pub fn limit<'a>(
     disks: impl Iterator<Item = BorrowedFd<'a>>,
-    log: Option<BorrowedFd<'_>>,
+    logs: impl Iterator<Item = BorrowedFd<'a>>,
 ) -> Result<Option<u64>> {
     let (stdin, stdout, stderr) = (std::io::stdin(), std::io::stdout(), std::io::stderr());
-    let streams = [
-        Some(stdin.as_fd()),
-        Some(stdout.as_fd()),
-        Some(stderr.as_fd()),
-        log,
-    ];
-    for stream in streams.into_iter().flatten() {
+    let streams = [stdin.as_fd(), stdout.as_fd(), stderr.as_fd()];
+    for stream in streams {
         if size(stream)?.is_some() {
+            return Ok(None);
+        }
+    }
+    for log in logs {
+        if size(log)?.is_some() {
             return Ok(None);
         }
     }

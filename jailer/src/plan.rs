@@ -205,7 +205,9 @@ pub fn plan(arguments: &Arguments, facts: Facts) -> Plan {
             .map(|(_, step)| *step)
             .collect()
     };
-    let files = has(GrantKind::ReadOnly) || has(GrantKind::ReadWrite);
+    let files = [GrantKind::ReadOnly, GrantKind::ReadWrite, GrantKind::Append]
+        .into_iter()
+        .any(has);
     let cgroup = !arguments.cgroups.is_empty() || arguments.parent_cgroup.is_some();
     let shared = steps(&[
         (true, Step::CloseDescriptors),

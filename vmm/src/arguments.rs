@@ -22,6 +22,12 @@ Runs one microVM. Its first serial port is standard input and output.
   --level LEVEL       error, warn, info, debug or trace [warn]
   --show-level        show each line's level
   --show-log-origin   show each line's place in the source
+  --module MODULES    log this module alone (`virtio::net`), or give modules levels of their own
+                      (`virtio::net=debug,boot=trace`)
+  --metrics-path FILE write metrics to FILE or a named pipe: a JSON line each minute
+  --boot-timer        let the guest say that it has booted, by writing the byte 123 to 0xc0000000
+  --start-time-us N, --start-time-cpu-us N, --parent-cpu-time-us N
+                      when the start began (CLOCK_MONOTONIC), and CPU time spent since, for the metrics
   --version           print the version
   --help              print this
 
@@ -37,7 +43,7 @@ pub enum Arguments {
     /// Print the version.
     Version,
     /// Run a machine.
-    Run(RunArguments),
+    Run(Box<RunArguments>),
 }
 
 /// How to run a machine.
@@ -53,6 +59,23 @@ pub struct RunArguments {
     pub log_path: Option<String>,
     /// How the log looks.
     pub logging: logging::Options,
+    /// Where metrics go, if anywhere.
+    pub metrics_path: Option<String>,
+    /// Whether there is a boot timer.
+    pub boot_timer: bool,
+    /// When the start began.
+    pub start_times: StartTimes,
+}
+
+/// When whoever started this process began, in microseconds.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct StartTimes {
+    /// By CLOCK_MONOTONIC.
+    pub start_us: Option<u64>,
+    /// By this process's CPU clock: what its program before exec had used.
+    pub start_cpu_us: Option<u64>,
+    /// CPU time of the process that started it.
+    pub parent_cpu_us: Option<u64>,
 }
 
 /// Why the command line is refused.
@@ -64,6 +87,9 @@ pub enum Error {
     /// An id that cannot be.
     #[error("--id: {0}")]
     Id(#[from] MachineIdError),
+    /// A filter that is none.
+    #[error("--module: {0}")]
+    Module(#[from] logging::FilterError),
     /// A value that is none.
     #[error("{option} {value:?}: use {allowed}")]
     Value {
@@ -94,7 +120,9 @@ where
     let mut parser = Parser::from_args(arguments);
     let (mut no_api, mut config_file, mut id) = (false, None, None);
     let (mut handover_fd, mut log_path, mut level) = (None, None, None);
-    let (mut show_level, mut show_origin) = (false, false);
+    let (mut show_level, mut show_origin, mut module) = (false, false, None);
+    let (mut metrics_path, mut boot_timer) = (None, false);
+    let mut start_times = StartTimes::default();
     while let Some(argument) = parser.next()? {
         match argument {
             Arg::Long("help") | Arg::Short('h') => return Ok(Arguments::Help),
@@ -102,6 +130,34 @@ where
             Arg::Long("no-api") => no_api = true,
             Arg::Long("show-level") => show_level = true,
             Arg::Long("show-log-origin") => show_origin = true,
+            Arg::Long("boot-timer") => boot_timer = true,
+            Arg::Long("module") => {
+                set(&mut module, "--module", parser.value()?.string()?.parse()?)?
+            }
+            Arg::Long("metrics-path") => {
+                set(
+                    &mut metrics_path,
+                    "--metrics-path",
+                    parser.value()?.string()?,
+                )?;
+            }
+            Arg::Long("start-time-us") => {
+                microseconds(&mut start_times.start_us, "--start-time-us", &mut parser)?;
+            }
+            Arg::Long("start-time-cpu-us") => {
+                microseconds(
+                    &mut start_times.start_cpu_us,
+                    "--start-time-cpu-us",
+                    &mut parser,
+                )?;
+            }
+            Arg::Long("parent-cpu-time-us") => {
+                microseconds(
+                    &mut start_times.parent_cpu_us,
+                    "--parent-cpu-time-us",
+                    &mut parser,
+                )?;
+            }
             Arg::Long("config-file") => {
                 set(&mut config_file, "--config-file", parser.value()?.string()?)?;
             }
@@ -131,7 +187,7 @@ where
             "there is no API yet: give --no-api and --config-file",
         ));
     }
-    Ok(Arguments::Run(RunArguments {
+    Ok(Arguments::Run(Box::new(RunArguments {
         config_file: config_file.ok_or(Error::Missing("--config-file is missing"))?,
         id: match id {
             Some(id) => id,
@@ -143,8 +199,24 @@ where
             level: level.unwrap_or(LevelFilter::Warn),
             show_level,
             show_origin,
+            filter: module.unwrap_or_default(),
         },
-    }))
+        metrics_path,
+        boot_timer,
+        start_times,
+    })))
+}
+
+fn microseconds(
+    slot: &mut Option<u64>,
+    option: &'static str,
+    parser: &mut Parser,
+) -> Result<(), Error> {
+    let text = parser.value()?.string()?;
+    let count = value(option, text, "a number of microseconds", |text| {
+        text.parse().ok()
+    })?;
+    set(slot, option, count)
 }
 
 fn set<T>(slot: &mut Option<T>, option: &'static str, value: T) -> Result<(), Error> {
@@ -206,6 +278,8 @@ mod tests {
             (&["--handover-fd", "2"], "--handover-fd"),
             (&["--handover-fd", "x"], "--handover-fd"),
             (&["--level", "off"], "--level"),
+            (&["--module", "net=loud"], "--module"),
+            (&["--start-time-us", "soon"], "--start-time-us"),
             (&["--config-file", "a", "--config-file", "b"], "twice"),
         ] {
             let error = refused(arguments);

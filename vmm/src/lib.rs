@@ -17,6 +17,7 @@ pub mod lockdown;
 pub mod logging;
 pub mod machine;
 pub mod memory;
+pub mod metrics;
 pub mod mmds;
 pub mod resources;
 #[cfg(test)]
@@ -35,14 +36,6 @@ pub enum Error {
     /// The jailer's table.
     #[error("--handover-fd: {0}")]
     Handover(#[from] casemate_broker::HandoverError),
-    /// The log.
-    #[error("--log-path {path:?}: {source}")]
-    Log {
-        /// Where it should have gone.
-        path: String,
-        /// Why it cannot.
-        source: std::io::Error,
-    },
     /// The config, or what it names.
     #[error(transparent)]
     Resources(#[from] resources::Error),

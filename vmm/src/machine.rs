@@ -13,6 +13,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 use crate::boot::{self, GedInfo, MachineDescription, MmioDeviceInfo};
 use crate::bus::{self, Bus};
 use crate::config::{CacheType, Config, RateLimiter};
+use crate::devices::boot_timer::{BootTimer, Moment};
 use crate::devices::{AcpiRegisters, I8042, SerialPort, VcpuRegisters, acpi, i8042, serial};
 use crate::ending::{End, EndSignal};
 use crate::event_loop;
@@ -20,6 +21,7 @@ use crate::kvm::cpuid::MachineCpuid;
 use crate::kvm::{self, Vcpu, Vm};
 use crate::lockdown::{self, Role, Stage};
 use crate::memory::{self, GuestMemory, layout};
+use crate::metrics::Source;
 use crate::resources::{Resources, VsockSockets};
 use crate::vcpu::{self, Buses, VcpuThread};
 use crate::virtio::rate_limiter::LimiterOptions;
@@ -117,6 +119,8 @@ pub struct Panel {
     pub vcpus: Option<Arc<VcpuRegisters>>,
     /// Where the machine's end is announced.
     pub ends: Arc<EndSignal>,
+    /// What the machine counts.
+    pub metrics: Vec<Source>,
 }
 
 /// A machine with its threads, sealed and paused.
@@ -136,11 +140,18 @@ struct Window {
     device: Box<dyn VirtioDevice>,
 }
 
+/// What the command line adds to a machine.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Options {
+    /// Whether there is a boot timer, and when it started.
+    pub boot_timer: Option<Moment>,
+}
+
 /// Builds the machine of `config`.
 ///
 /// # Errors
 /// See [`Error`]; nothing has run then.
-pub fn build(config: &Config, resources: Resources) -> Result<Machine, Error> {
+pub fn build(config: &Config, resources: Resources, options: Options) -> Result<Machine, Error> {
     let Resources {
         kvm,
         kernel,
@@ -167,8 +178,10 @@ pub fn build(config: &Config, resources: Resources) -> Result<Machine, Error> {
     vm.set_gsi_routing(pit)?;
 
     let ends = Arc::new(EndSignal::new().map_err(host("make an eventfd"))?);
-    let panel = panel(config, ends)?;
+    let mut panel = panel(config, ends)?;
     let devices = virtio_devices(config, drives, taps, vsock)?;
+    let counting = devices.iter().filter_map(|device| device.metrics());
+    panel.metrics.extend(counting);
     let windows = windows(devices, &memory)?;
 
     let description = describe(config, &windows);
@@ -194,7 +207,10 @@ pub fn build(config: &Config, resources: Resources) -> Result<Machine, Error> {
         first.set_entry(&entry)?;
     }
 
-    let buses = Arc::new(buses(&panel, &windows)?);
+    let buses = Arc::new(buses(&panel, &windows, options)?);
+    panel
+        .metrics
+        .push(Source::new("vcpu", buses.metrics.clone()));
     vm.register_irqfd(panel.serial.interrupt(), layout::COM1_GSI)?;
     vm.register_irqfd(panel.acpi.interrupt(), layout::GED_GSI)?;
     for window in &windows {
@@ -230,6 +246,7 @@ fn panel(config: &Config, ends: Arc<EndSignal>) -> Result<Panel, Error> {
         acpi,
         vcpus: vcpus.transpose()?,
         ends,
+        metrics: Vec::new(),
     })
 }
 
@@ -332,7 +349,7 @@ fn describe(config: &Config, windows: &[Window]) -> MachineDescription {
     }
 }
 
-fn buses(panel: &Panel, windows: &[Window]) -> Result<Buses, Error> {
+fn buses(panel: &Panel, windows: &[Window], options: Options) -> Result<Buses, Error> {
     let mut ports = Bus::new();
     let i8042 = Arc::new(I8042::new(Arc::clone(&panel.ends)));
     ports.insert(
@@ -345,7 +362,10 @@ fn buses(panel: &Panel, windows: &[Window]) -> Result<Buses, Error> {
     mmio.insert(
         layout::ACPI_REGISTERS_START,
         layout::ACPI_REGISTERS_SIZE,
-        panel.acpi.clone(),
+        match options.boot_timer {
+            None => panel.acpi.clone(),
+            Some(start) => Arc::new(BootTimer::new(start, panel.acpi.clone())),
+        },
     )?;
     if let Some(vcpus) = &panel.vcpus {
         let (start, size) = (layout::VCPU_REGISTERS_START, layout::VCPU_REGISTERS_SIZE);
@@ -357,7 +377,11 @@ fn buses(panel: &Panel, windows: &[Window]) -> Result<Buses, Error> {
     {
         mmio.insert(info.base, info.size, transport.clone())?;
     }
-    Ok(Buses { ports, mmio })
+    Ok(Buses {
+        ports,
+        mmio,
+        metrics: Arc::default(),
+    })
 }
 
 /// What the device thread runs; none without devices.

@@ -1,6 +1,6 @@
 //! The program: arguments, what the jailer handed over, run.
 
-use std::fs::{File, OpenOptions};
+use std::fs::File;
 use std::io::Write;
 use std::process::exit;
 
@@ -8,8 +8,10 @@ use casemate_broker::exit::BAD_INPUT;
 use casemate_broker::{Handover, Kind};
 use casemate_vmm::arguments::{self, Arguments, RunArguments};
 use casemate_vmm::control::Control;
+use casemate_vmm::devices::boot_timer::Moment;
 use casemate_vmm::ending::End;
 use casemate_vmm::lockdown::{self, Role, Stage};
+use casemate_vmm::metrics::{self, Reporter};
 use casemate_vmm::resources::{Jail, Source};
 use casemate_vmm::{Error, logging, machine, memory};
 use log::{debug, error, info, warn};
@@ -43,13 +45,14 @@ fn start() -> Result<Option<End>, Error> {
     match arguments::parse(std::env::args_os().skip(1))? {
         Arguments::Help => println!("{}", arguments::HELP),
         Arguments::Version => println!("casemate-vmm {}", env!("CARGO_PKG_VERSION")),
-        Arguments::Run(run) => return self::run(run).map(Some),
+        Arguments::Run(run) => return self::run(&run).map(Some),
     }
     Ok(None)
 }
 
-fn run(arguments: RunArguments) -> Result<End, Error> {
+fn run(arguments: &RunArguments) -> Result<End, Error> {
     let jailed = arguments.handover_fd.is_some();
+    let start = Moment::now();
     let (mut source, log_file) = match arguments.handover_fd {
         Some(number) => {
             // Nothing needs opening, so the walls go up before the first byte is read.
@@ -59,21 +62,43 @@ fn run(arguments: RunArguments) -> Result<End, Error> {
             let log = log
                 .then(|| handover.take("log", &[Kind::Log]))
                 .transpose()?;
-            (Source::Jailed(Jail::new(handover)?), log.map(File::from))
+            let mut source = Source::Jailed(Jail::new(handover)?);
+            let log = match (log, arguments.log_path.as_deref()) {
+                (Some(log), _) => Some(File::from(log)),
+                (None, path) => path.map(|path| source.append("log", path)).transpose()?,
+            };
+            (source, log)
         }
         None => {
-            let log = arguments.log_path.as_deref().map(open_log).transpose()?;
-            (Source::Direct, log)
+            let mut source = Source::Direct;
+            let log = arguments.log_path.as_deref();
+            let log = log.map(|path| source.append("log", path)).transpose()?;
+            (source, log)
         }
     };
-    logging::start(arguments.id.to_string(), arguments.logging, log_file);
+    logging::start(
+        arguments.id.to_string(),
+        arguments.logging.clone(),
+        log_file,
+    );
     let config = source.config(&arguments.config_file)?;
+    let metrics_file = arguments.metrics_path.as_deref();
+    let metrics_file = metrics_file.map(|path| source.append("metrics", path));
+    let metrics_file = metrics_file.transpose()?;
     let resources = source.open(&config)?;
     if !jailed {
         lock_down()?;
     }
-    let control = Control::new()?;
-    let machine = machine::build(&config, resources)?;
+    let mut reporter = Reporter::new(logging::metrics());
+    reporter.report_start(arguments.start_times);
+    if let Some(file) = metrics_file {
+        reporter.start(file, metrics::Options::default());
+    }
+    let options = machine::Options {
+        boot_timer: arguments.boot_timer.then_some(start),
+    };
+    let control = Control::new(reporter)?;
+    let machine = machine::build(&config, resources, options)?;
     if !jailed {
         warn!("there is no jail around this machine: start it with casemate-jailer");
     }
@@ -87,12 +112,4 @@ fn lock_down() -> Result<(), Error> {
     let outcome = lockdown::landlock_nothing(true)?;
     info!("{outcome}");
     Ok(())
-}
-
-fn open_log(path: &str) -> Result<File, Error> {
-    let file = OpenOptions::new().append(true).create(true).open(path);
-    file.map_err(|source| Error::Log {
-        path: path.to_owned(),
-        source,
-    })
 }

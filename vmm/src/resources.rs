@@ -21,6 +21,7 @@ use thiserror::Error;
 use crate::config::{self, Config};
 use crate::lockdown::{self, Role, Stage};
 
+mod append;
 mod tap;
 
 /// How long the broker may take for an answer during setup.
@@ -191,6 +192,18 @@ impl Source {
             name: name.to_owned(),
             source,
         })
+    }
+
+    /// Opens a file to append lines to, which is made if there is none; or a named pipe. Writing to
+    /// a pipe never waits.
+    ///
+    /// # Errors
+    /// When it cannot be opened, or was not handed over.
+    pub fn append(&mut self, what: &'static str, name: &str) -> Result<File, Error> {
+        match self {
+            Self::Direct => append::open(name).map_err(|source| open(what, name, source)),
+            Self::Jailed(jail) => jail.take(what, name, Kind::Append).map(File::from),
+        }
     }
 
     /// Opens everything that `config` names.

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvError, Sender, TryRecvError, channel};
 use std::thread::{Builder, JoinHandle};
+use std::time::Instant;
 
 use log::error;
 use thiserror::Error;
@@ -11,6 +12,7 @@ use vmm_sys_util::signal::Killable;
 use crate::bus::Bus;
 use crate::ending::{End, EndSignal};
 use crate::kvm::{Access, Exit, Vcpu, kick_signal};
+use crate::metrics::fields::VcpuMetrics;
 
 /// Why a vCPU thread could not be started.
 #[derive(Debug, Error)]
@@ -26,20 +28,34 @@ pub struct Buses {
     pub ports: Bus,
     /// Guest-physical addresses without memory.
     pub mmio: Bus,
+    /// Counts them.
+    pub metrics: Arc<VcpuMetrics>,
 }
 
 impl Access for Buses {
     fn port_read(&self, port: u16, data: &mut [u8]) {
+        let start = Instant::now();
         self.ports.read(u64::from(port), data);
+        self.metrics.exit_io_in.inc();
+        self.metrics.exit_io_in_agg.record(start);
     }
     fn port_write(&self, port: u16, data: &[u8]) {
+        let start = Instant::now();
         self.ports.write(u64::from(port), data);
+        self.metrics.exit_io_out.inc();
+        self.metrics.exit_io_out_agg.record(start);
     }
     fn mmio_read(&self, address: u64, data: &mut [u8]) {
+        let start = Instant::now();
         self.mmio.read(address, data);
+        self.metrics.exit_mmio_read.inc();
+        self.metrics.exit_mmio_read_agg.record(start);
     }
     fn mmio_write(&self, address: u64, data: &[u8]) {
+        let start = Instant::now();
         self.mmio.write(address, data);
+        self.metrics.exit_mmio_write.inc();
+        self.metrics.exit_mmio_write_agg.record(start);
     }
 }
 
@@ -167,6 +183,7 @@ fn run_guest(vcpu: &mut Vcpu, buses: &Buses, ends: &EndSignal) -> Exit {
             Exit::Shutdown => ends.announce(End::PoweredOff),
             Exit::Reset => ends.announce(End::Reset),
             Exit::Crashed(why) => {
+                buses.metrics.failures.inc();
                 // First of all: the log may be a pipe that nobody empties.
                 ends.announce(End::Crashed(why.clone()));
                 error!("the guest crashed: {why}");

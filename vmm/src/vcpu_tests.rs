@@ -63,6 +63,7 @@ fn start(code: &[u8]) -> Guest {
     let mut buses = Buses {
         ports: Bus::new(),
         mmio: Bus::new(),
+        metrics: Arc::default(),
     };
     buses.ports.insert(0x10, 0x10, recorder.clone()).unwrap();
     buses

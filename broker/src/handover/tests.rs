@@ -172,6 +172,11 @@ fn a_descriptor_must_be_what_its_kind_says() {
         ),
         (open("/", OFlag::O_PATH | OFlag::O_DIRECTORY), Kind::Log),
         (open("/etc/passwd", OFlag::O_RDONLY), Kind::FileRw),
+        (open("/etc/passwd", OFlag::O_RDONLY), Kind::Append),
+        (
+            open("/dev/null", OFlag::O_WRONLY | OFlag::O_APPEND),
+            Kind::Append,
+        ),
         (open("/etc/passwd", OFlag::O_RDONLY), Kind::Log),
         (open("/etc/passwd", OFlag::O_RDONLY), Kind::Broker),
         (stream.as_raw_fd(), Kind::Listener),

@@ -68,6 +68,7 @@ fn refuses_with_the_options_name() {
         ("--grant-ro a=", "grant-ro"),
         ("--grant-tap averyveryverylongname", "grant-tap"),
         ("--grant-ro /a --grant-rw /a", "/a"),
+        ("--grant-append ../a", "grant-append"),
         ("--log-fd 2", "log-fd"),
         ("--allow-missing seccomp", "allow-missing"),
         ("--exec-file /", "exec-file"),

@@ -15,6 +15,7 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 use crate::ending::End;
 use crate::machine::{Machine, Panel, RunningMachine};
+use crate::metrics::Reporter;
 use console::Input;
 
 /// How long a guest may take to shut down after its power button was pressed.
@@ -64,6 +65,7 @@ pub struct Control {
     input: Input,
     /// When the machine is ended by force.
     deadline: Option<Instant>,
+    metrics: Reporter,
 }
 
 impl Control {
@@ -72,7 +74,7 @@ impl Control {
     ///
     /// # Errors
     /// When the kernel refuses.
-    pub fn new() -> Result<Self, Error> {
+    pub fn new(metrics: Reporter) -> Result<Self, Error> {
         let mut awaited = SigSet::empty();
         awaited.add(Signal::SIGTERM);
         awaited.add(Signal::SIGINT);
@@ -91,6 +93,7 @@ impl Control {
             signals: signals.map_err(failed("make a signalfd"))?,
             input: Input::new(),
             deadline: None,
+            metrics,
         })
     }
 
@@ -101,6 +104,7 @@ impl Control {
     pub fn run(mut self, machine: Machine) -> Result<End, crate::Error> {
         let mut machine = machine.start()?;
         let panel = &machine.panel;
+        self.metrics.add(panel.metrics.iter().cloned());
         self.watch(panel.ends.event(), Token::End)?;
         self.watch(&self.signals, Token::Signal)?;
         self.watch(panel.serial.room(), Token::Room)?;
@@ -112,6 +116,8 @@ impl Control {
             Ok(end) => end,
             Err(error) => End::Failed(error.to_string()),
         };
+        // The last line says what happened since the one before. The end does not wait for its reader.
+        let _ = self.metrics.flush();
         // Dropping the machine would wait for its threads: the caller exits instead.
         std::mem::forget(machine);
         Ok(end)
@@ -152,6 +158,7 @@ impl Control {
                     Some(Token::End) | None => {}
                 }
             }
+            self.metrics.tick(Instant::now());
             // A guest that ended by itself has the last word.
             if let Some(end) = panel.ends.announced() {
                 return Ok(end);
@@ -167,7 +174,11 @@ impl Control {
 
     /// For epoll: milliseconds, or -1 for ever.
     fn timeout(&self, busy: bool) -> i32 {
-        let left = self.deadline.map(|at| {
+        let first = [self.deadline, self.metrics.due()]
+            .into_iter()
+            .flatten()
+            .min();
+        let left = first.map(|at| {
             // Rounded up, so that the deadline has passed when it wakes.
             at.saturating_duration_since(Instant::now())
                 .saturating_add(Duration::from_millis(1))
@@ -225,7 +236,7 @@ mod tests {
         ) {
             return;
         }
-        let _control = Control::new().unwrap();
+        let _control = Control::new(Reporter::new(crate::logging::metrics())).unwrap();
         setrlimit(Resource::RLIMIT_FSIZE, 4096, 4096).unwrap();
         let disk = tempfile::tempfile().unwrap();
         let write = move || disk.write_at(&[1; 512], 8192).unwrap_err().raw_os_error();

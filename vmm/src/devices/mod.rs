@@ -1,6 +1,7 @@
 //! The few devices that are not virtio: console, reset, power.
 
 pub mod acpi;
+pub mod boot_timer;
 pub mod i8042;
 pub mod serial;
 pub mod vcpus;

@@ -65,6 +65,17 @@ pub fn install_violation_reporter() -> Result<(), Error> {
     casemate_seccomp_filters::install_violation_reporter().map_err(Error::Reporter)
 }
 
+/// The calling thread's name, up to its first zero byte. Safe in a signal handler.
+pub fn thread_name() -> [u8; 16] {
+    let mut name = [0_u8; 16];
+    #[allow(unsafe_code)] // As below.
+    // SAFETY: PR_GET_NAME writes 16 bytes at most, into an array of that size.
+    unsafe {
+        libc::prctl(libc::PR_GET_NAME, name.as_mut_ptr(), 0, 0, 0);
+    }
+    name
+}
+
 /// Names the calling thread, of which the first 15 bytes count, in reports and in `/proc`.
 /// Threads started with [`std::thread::Builder`] have their names already.
 pub fn name_thread(name: &str) {

@@ -11,6 +11,7 @@ use super::queue::{self, Progress, Queue, QueueStates, Signal};
 use super::update::{Answer, Update, UpdateError};
 use crate::event_loop::{self, EventSet, Registrar};
 use crate::memory::GuestMemory;
+use crate::metrics::Source;
 
 /// VIRTIO_RING_F_INDIRECT_DESC, VIRTIO_RING_F_EVENT_IDX and VIRTIO_F_VERSION_1 (section 6): what
 /// every device offers.
@@ -131,6 +132,11 @@ pub trait VirtioDevice: Send {
     /// # Errors
     /// When the driver broke a queue. The device is then stopped and waits for a reset.
     fn handle(&mut self, event: Event) -> Result<Progress, Error>;
+
+    /// What it counts, for the metrics; asked for once.
+    fn metrics(&self) -> Option<Source> {
+        None
+    }
 
     /// Does what the operator asks for, running or not: a bounded amount of work.
     ///

@@ -13,6 +13,8 @@ use super::rate_limiter::{LimiterOptions, RateLimiter};
 use super::update::{Answer, Update, UpdateError};
 use crate::memory::GuestMemory;
 use crate::memory::iovec::IoVecBuffer;
+use crate::metrics::Source;
+use crate::metrics::fields::EntropyMetrics;
 
 const QUEUE_SIZES: &[u16] = &[64];
 /// Most bytes given for one request; a driver that asks for more gets a part, as section 5.4.6.1
@@ -27,6 +29,7 @@ pub struct Entropy {
     limiter: RateLimiter,
     running: Option<(Queues, DeviceIo)>,
     pieces: IoVecBuffer,
+    metrics: Arc<EntropyMetrics>,
 }
 
 impl Entropy {
@@ -70,13 +73,27 @@ impl VirtioDevice for Entropy {
         };
         let progress = queue.process(&io.memory, io.signal.as_ref(), BUDGET, |chain| {
             if let Some(at) = self.limiter.wait() {
+                self.metrics.entropy_rate_limiter_throttled.inc();
                 return Ok(Verdict::Later(at));
             }
-            let len = fill(&mut self.pieces, &io.memory, chain);
+            self.metrics.entropy_event_count.inc();
+            let len = match fill(&mut self.pieces, &io.memory, chain) {
+                Ok(len) => len,
+                Err(error) => {
+                    self.metrics.entropy_event_fails.inc();
+                    debug!("entropy: {error}");
+                    0
+                }
+            };
+            self.metrics.entropy_bytes.add(len.into());
             self.limiter.spend(len.into());
             Ok(Verdict::Used(len))
         })?;
         Ok(progress)
+    }
+
+    fn metrics(&self) -> Option<Source> {
+        Some(Source::new("entropy", self.metrics.clone()))
     }
 
     fn update(&mut self, update: Update) -> Result<Answer, UpdateError> {
@@ -88,19 +105,13 @@ impl VirtioDevice for Entropy {
 }
 
 /// Fills a chain's buffers, and says how far.
-fn fill(pieces: &mut IoVecBuffer, memory: &GuestMemory, chain: &Chain) -> u32 {
+fn fill(pieces: &mut IoVecBuffer, memory: &GuestMemory, chain: &Chain) -> Result<u32, String> {
     let filled = pieces
         .fill(memory, chain.writable(), 0, MAX_BYTES, Permissions::Write)
         .map_err(|error| error.to_string())
-        .and_then(|mut pieces| pieces.fill_random().map_err(|error| error.to_string()));
-    match filled {
-        // At most `MAX_BYTES`.
-        Ok(count) => count as u32,
-        Err(error) => {
-            debug!("entropy: {error}");
-            0
-        }
-    }
+        .and_then(|mut pieces| pieces.fill_random().map_err(|error| error.to_string()))?;
+    // At most `MAX_BYTES`.
+    Ok(filled as u32)
 }
 
 #[cfg(test)]
@@ -119,6 +130,19 @@ mod tests {
         assert_ne!(first, [0; 32]);
         assert_ne!(first, second);
         assert_eq!(driver.get(DATA + 32, 68), [0; 68], "nothing beside them");
+    }
+
+    #[test]
+    fn counts_what_it_gives() {
+        let entropy = Entropy::new(LimiterOptions::default());
+        let metrics = Arc::clone(&entropy.metrics);
+        let mut rig = Rig::new(entropy);
+        rig.drivers[0].add(&[(DATA, 32, true)]);
+        rig.drivers[0].add(&[(DATA, 32, false)]);
+        rig.kick(0);
+        assert_eq!(metrics.entropy_event_count.total(), 2);
+        assert_eq!(metrics.entropy_bytes.total(), 32);
+        assert_eq!(metrics.entropy_event_fails.total(), 0);
     }
 
     #[test]
