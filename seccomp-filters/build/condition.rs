@@ -14,6 +14,11 @@ const ARGUMENTS: &[(&str, &[&str])] = &[
     ("fallocate", &["fd", "mode", "offset*", "len*"]),
     ("fcntl", &["fd", "cmd", "arg*"]),
     ("getsockopt", &["sockfd", "level", "optname"]),
+    (
+        "io_uring_enter",
+        &["fd", "to_submit", "min_complete", "flags", "sig*"],
+    ),
+    ("io_uring_register", &["fd", "opcode", "arg*", "nr_args"]),
     ("ioctl", &["fd", "request", "arg*"]),
     ("kill", &["pid", "sig"]),
     ("madvise", &["addr*", "length*", "advice"]),
@@ -34,6 +39,10 @@ const ARGUMENTS: &[(&str, &[&str])] = &[
     ("setsockopt", &["sockfd", "level", "optname"]),
     ("socket", &["domain", "type", "protocol"]),
     ("socketpair", &["domain", "type", "protocol"]),
+    (
+        "statx",
+        &["dirfd", "pathname*", "flags", "mask", "statxbuf*"],
+    ),
     ("tgkill", &["tgid", "tid", "sig"]),
     ("unlinkat", &["dirfd", "pathname*", "flags"]),
     ("wait4", &["pid", "wstatus*", "options"]),

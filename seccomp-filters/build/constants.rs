@@ -17,6 +17,9 @@ fn one(text: &str) -> Option<u64> {
     if let Some((_, value)) = LIBC.iter().find(of_libc) {
         return u64::try_from(*value).ok();
     }
+    if let Some((_, value)) = IO_URING.iter().find(|(name, _)| *name == text) {
+        return Some(*value);
+    }
     let request = |(name, ..): &&(&str, _, _, _, _)| *name == text;
     let (_, direction, kind, number, size) = IOCTLS.iter().find(request)?;
     Some((direction << 30) | (size << 16) | (kind << 8) | number)
@@ -44,6 +47,16 @@ const LIBC: &[(&str, i64)] = libc_constants! {
     SOL_SOCKET SO_ACCEPTCONN SO_TYPE
     FIONBIO TCGETS TCSETS
 };
+
+/// Opcodes of io_uring_register(2) (linux/io_uring.h), which libc has no names for.
+const IO_URING: &[(&str, u64)] = &[
+    ("IORING_REGISTER_FILES", 2),
+    ("IORING_REGISTER_EVENTFD", 4),
+    ("IORING_REGISTER_FILES_UPDATE", 6),
+    ("IORING_REGISTER_RESTRICTIONS", 11),
+    ("IORING_REGISTER_ENABLE_RINGS", 12),
+    ("IORING_REGISTER_IOWQ_MAX_WORKERS", 19),
+];
 
 const NONE: u64 = 0;
 const WRITE: u64 = 1;

@@ -122,6 +122,19 @@ impl Vm {
         self
     }
 
+    /// Has the writes to the drive that was added last go to `layer`, `size_mib` of them at most.
+    #[must_use]
+    pub fn layer(mut self, layer: &Path, size_mib: u64) -> Self {
+        let path = layer.to_string_lossy().into_owned();
+        let last = self.config["drives"].as_array_mut();
+        if let Some(drive) = last.and_then(|drives| drives.last_mut()) {
+            drive["is_read_only"] = json!(false);
+            drive["copy_on_write"] = json!({ "path_on_host": path, "size_mib": size_mib });
+        }
+        self.grants.push(("--grant-rw", path));
+        self
+    }
+
     /// Adds a network interface on the tap `tap`.
     #[must_use]
     pub fn net(mut self, tap: &str, mac: &str) -> Self {

@@ -1,8 +1,8 @@
 //! The machine as data: Firecracker's config-file schema, read and validated once, here.
 //!
 //! Each section has a file. The API's bodies are these sections, too, and make a [`Config`] one by one.
-//! Five fields are ours: `boot-source.protocol`, `machine-config.pit`, `machine-config.max_vcpu_count`,
-//! `drives[].discard` and `network-interfaces[].mtu`.
+//! Some fields are ours: `boot-source.protocol`, `machine-config.pit`, `machine-config.max_vcpu_count`,
+//! of `drives[]` `discard`, `queues`, `copy_on_write` and `io_engine: Auto`, and `network-interfaces[].mtu`.
 //! What Firecracker knows and this VMM does not do yet is refused by name, never ignored: each section's
 //! `unsupported` says what that is.
 
@@ -15,7 +15,7 @@ use thiserror::Error;
 pub use self::balloon::Balloon;
 pub use self::boot_source::{BootSource, DEFAULT_BOOT_ARGS};
 pub use self::cpu::{CpuConfig, CpuTemplate};
-pub use self::drive::{CacheType, Drive, IoEngine};
+pub use self::drive::{CacheType, CopyOnWrite, Drive, IoEngine, MAX_DRIVE_QUEUES};
 pub use self::entropy::Entropy;
 pub use self::logger::{Level, Logger};
 pub use self::machine::{HugePages, MAX_MEMORY_MIB, MAX_VCPUS, MachineConfig, NamedCpuTemplate};
@@ -237,6 +237,9 @@ impl Config {
             drive.check()?;
             if let Some(path) = &drive.path_on_host {
                 check_unshared("drives[].path_on_host", path, &mut paths)?;
+            }
+            if let Some(layer) = &drive.copy_on_write {
+                check_unshared("drives[].path_on_host", &layer.path_on_host, &mut paths)?;
             }
         }
         ids.clear();

@@ -12,7 +12,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::boot::{self, GedInfo, MachineDescription, MmioDeviceInfo};
 use crate::bus::{self, Bus};
-use crate::config::{CacheType, Config, RateLimiter};
+use crate::config::{CacheType, Config, Drive, IoEngine, RateLimiter};
 use crate::devices::boot_timer::{BootTimer, Moment};
 use crate::devices::{AcpiRegisters, I8042, SerialPort, VcpuRegisters, acpi, i8042, serial};
 use crate::ending::{End, EndSignal};
@@ -22,7 +22,7 @@ use crate::kvm::{self, Vcpu, Vm};
 use crate::lockdown::{self, Role, Stage};
 use crate::memory::{self, GuestMemory, layout};
 use crate::metrics::Source;
-use crate::resources::{Resources, VsockSockets};
+use crate::resources::{DriveFiles, Resources, VsockSockets};
 use crate::vcpu::{self, Buses, VcpuThread};
 use crate::virtio::rate_limiter::LimiterOptions;
 use crate::virtio::transport::mmio::{self, MmioTransport, QUEUE_NOTIFY};
@@ -253,23 +253,13 @@ fn panel(config: &Config, ends: Arc<EndSignal>) -> Result<Panel, Error> {
 /// The virtio devices in the order of their windows.
 fn virtio_devices(
     config: &Config,
-    drives: Vec<File>,
+    drives: Vec<DriveFiles>,
     taps: Vec<File>,
     vsock: Option<VsockSockets>,
 ) -> Result<Vec<Box<dyn VirtioDevice>>, Error> {
     let mut devices: Vec<Box<dyn VirtioDevice>> = Vec::with_capacity(config.device_count());
-    for (drive, file) in config.drives_in_order().zip(drives) {
-        devices.push(Box::new(Block::new(BlockOptions {
-            id: drive.drive_id.clone(),
-            file,
-            read_only: drive.is_read_only,
-            cache: match drive.cache_type {
-                CacheType::Unsafe => virtio::CacheType::Unsafe,
-                CacheType::Writeback => virtio::CacheType::Writeback,
-            },
-            discard: drive.discard,
-            limits: limits(drive.rate_limiter),
-        })?));
+    for (drive, files) in config.drives_in_order().zip(drives) {
+        devices.push(Box::new(Block::new(drive_options(drive, files))?));
     }
     for (network, tap) in config.network_interfaces.iter().zip(taps) {
         let options = NetOptions {
@@ -297,6 +287,32 @@ fn virtio_devices(
         devices.push(Box::new(Entropy::new(limits(entropy.rate_limiter))));
     }
     Ok(devices)
+}
+
+fn drive_options(drive: &Drive, files: DriveFiles) -> BlockOptions {
+    let layer = files.layer.zip(drive.copy_on_write.as_ref());
+    BlockOptions {
+        id: drive.drive_id.clone(),
+        file: files.image,
+        read_only: drive.is_read_only,
+        layer: layer.map(|(file, layer)| block::LayerOptions {
+            file,
+            // Bounded by the config's check.
+            most: layer.size_mib.saturating_mul(1 << 20),
+        }),
+        queues: drive.queues.unwrap_or(1),
+        engine: match drive.io_engine.unwrap_or_default() {
+            IoEngine::Sync => block::Engine::Sync,
+            IoEngine::Async => block::Engine::Async,
+            IoEngine::Auto => block::Engine::Auto,
+        },
+        cache: match drive.cache_type {
+            CacheType::Unsafe => virtio::CacheType::Unsafe,
+            CacheType::Writeback => virtio::CacheType::Writeback,
+        },
+        discard: drive.discard,
+        limits: limits(drive.rate_limiter),
+    }
 }
 
 fn limits(configured: Option<RateLimiter>) -> LimiterOptions {

@@ -18,7 +18,7 @@ use casemate_broker::{
 };
 use thiserror::Error;
 
-use crate::config::{self, Config};
+use crate::config::{self, Config, Drive};
 use crate::lockdown::{self, Role, Stage};
 
 mod append;
@@ -98,11 +98,19 @@ pub struct Resources {
     /// The initial RAM disk.
     pub initrd: Option<File>,
     /// One for each of [`Config::drives_in_order`].
-    pub drives: Vec<File>,
+    pub drives: Vec<DriveFiles>,
     /// One for each of the config's network interfaces.
     pub taps: Vec<File>,
     /// The vsock device's.
     pub vsock: Option<VsockSockets>,
+}
+
+/// What a block device works with.
+pub struct DriveFiles {
+    /// Its image.
+    pub image: File,
+    /// What takes its writes, if not the image.
+    pub layer: Option<File>,
 }
 
 /// What a vsock device works with.
@@ -226,11 +234,7 @@ impl Source {
         let initrd = initrd.map(|path| self.file("initrd", path, false));
         let initrd = initrd.transpose()?;
         let drives = config.drives_in_order();
-        let drives = drives.map(|drive| {
-            // Without one it has a back-end, which is refused before.
-            let path = drive.path_on_host.as_deref().unwrap_or_default();
-            self.file("drive", path, !drive.is_read_only)
-        });
+        let drives = drives.map(|drive| self.drive(drive));
         let drives = drives.collect::<Result<_, _>>()?;
         let taps = config.network_interfaces.iter();
         let taps = taps.map(|network| self.tap(&network.host_dev_name));
@@ -271,6 +275,19 @@ impl Source {
         };
         check_file(what, name, &file)?;
         Ok(file)
+    }
+
+    fn drive(&mut self, drive: &Drive) -> Result<DriveFiles, Error> {
+        // A drive without an image has been refused.
+        let path = drive.path_on_host.as_deref().unwrap_or_default();
+        let layer = drive.copy_on_write.as_ref();
+        let write = !drive.is_read_only && layer.is_none();
+        let image = self.file("drive", path, write)?;
+        let layer = layer.map(|layer| self.file("layer of a drive", &layer.path_on_host, true));
+        Ok(DriveFiles {
+            image,
+            layer: layer.transpose()?,
+        })
     }
 
     fn tap(&mut self, name: &str) -> Result<File, Error> {

@@ -168,3 +168,108 @@ fn a_rate_limit_slows_a_drive_down() {
     let slowed = run(ops);
     assert!(slowed.as_millis() > 400, "{slowed:?}");
 }
+
+/// In the jail and without: the ring must be made before the seal and work behind it.
+#[test]
+fn the_ring_serves_what_the_thread_does() {
+    for jailed in [false, true] {
+        let dir = tempfile::tempdir().unwrap();
+        let disk = dir.path().join("disk");
+        pattern_disk(&disk, 64).unwrap();
+        let mut vm = Vm::probe("probe.task=blk probe.write=1 probe.discard=1")
+            .drive("data", &disk, false)
+            .set("/drives/0/cache_type", serde_json::json!("Writeback"))
+            .set("/drives/0/io_engine", serde_json::json!("Async"));
+        if !jailed {
+            vm = vm.unjailed();
+        }
+        vm.run().unwrap().assert_line("probe: blk ok");
+        let bytes = std::fs::read(&disk).unwrap();
+        assert_eq!(bytes[..1024], [0; 1024]);
+        assert_eq!(
+            bytes[63 * 512..][..8],
+            (!pattern_word(63 * 512)).to_le_bytes()
+        );
+    }
+}
+
+#[test]
+fn every_queue_works() {
+    for engine in ["Sync", "Async"] {
+        let machine = |queue: u16| {
+            let vm = Vm::probe(&format!("probe.task=blk probe.queue={queue}"));
+            let disk = vm.path("disk");
+            pattern_disk(&disk, 64).unwrap();
+            vm.drive("data", &disk, true)
+                .set("/drives/0/queues", serde_json::json!(8))
+                .set("/drives/0/io_engine", serde_json::json!(engine))
+                .run()
+                .unwrap()
+        };
+        for queue in [0, 7] {
+            machine(queue).assert_line("probe: blk ok");
+        }
+        machine(8).assert_line("probe: blk FAIL: the queue is missing or too small");
+    }
+}
+
+#[test]
+fn machines_share_an_image_and_keep_what_they_write_apart() {
+    let dir = tempfile::tempdir().unwrap();
+    let disk = dir.path().join("disk");
+    pattern_disk(&disk, 2048).unwrap();
+    let before = std::fs::read(&disk).unwrap();
+    let layer = |name: &str| {
+        let path = dir.path().join(name);
+        let file = std::fs::File::create(&path).unwrap();
+        // A MiB of disk, a block of bitmap and one that says what it is.
+        file.set_len((1 << 20) + 8192).unwrap();
+        path
+    };
+    let machine = |layer: &std::path::Path, task: &str| {
+        Vm::probe(task)
+            .drive("data", &disk, true)
+            .layer(layer, 1)
+            .set("/drives/0/cache_type", serde_json::json!("Writeback"))
+    };
+    let (one, two) = (layer("one"), layer("two"));
+    let idle = Vm::kernel(&bin("casemate-probe"), "idle acpi=off")
+        .drive("data", &disk, true)
+        .layer(&two, 1)
+        .start()
+        .unwrap();
+    idle.wait_for_line("probe: idle").unwrap();
+    let write = "probe.task=blk probe.write=1";
+    machine(&one, write)
+        .run()
+        .unwrap()
+        .assert_line("probe: blk ok");
+    assert!(std::fs::read(&disk).unwrap() == before);
+    // The layer remembers, and only for whoever has it.
+    let differs = "probe: blk FAIL: a sector does not hold the pattern";
+    machine(&one, "probe.task=blk")
+        .run()
+        .unwrap()
+        .assert_line(differs);
+    machine(&two, "probe.task=blk")
+        .run()
+        .unwrap()
+        .assert_refused(
+            exit::BAD_INPUT,
+            &["drive data", "another machine uses its image"],
+        );
+    for _ in 0..2 {
+        idle.signal(Signal::SIGTERM).unwrap();
+        std::thread::sleep(std::time::Duration::from_millis(100));
+    }
+    idle.wait().unwrap();
+    machine(&two, "probe.task=blk")
+        .run()
+        .unwrap()
+        .assert_line("probe: blk ok");
+    std::fs::File::create(&two).unwrap().set_len(4096).unwrap();
+    machine(&two, "probe.task=blk")
+        .run()
+        .unwrap()
+        .assert_refused(exit::BAD_INPUT, &["drive data", "truncate -s 1056768"]);
+}

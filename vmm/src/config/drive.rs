@@ -2,7 +2,10 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::{Error, RateLimiter, check_path, range};
+use super::{Error, MAX_MEMORY_MIB, RateLimiter, check_path, range};
+
+/// Most queues of a block device.
+pub const MAX_DRIVE_QUEUES: u16 = 8;
 
 /// A block device.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
@@ -32,6 +35,22 @@ pub struct Drive {
     /// Whether the guest may give blocks back to the host.
     #[serde(default = "yes", skip_serializing_if = "is_yes")]
     pub discard: bool,
+    /// Number of queues, 1 to [`MAX_DRIVE_QUEUES`]; one without it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub queues: Option<u16>,
+    /// Where the guest's writes go; the image itself is then only read, and can be shared.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub copy_on_write: Option<CopyOnWrite>,
+}
+
+/// A private layer over a shared image.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct CopyOnWrite {
+    /// The file that takes what the guest writes.
+    pub path_on_host: String,
+    /// How much of it, in MiB; a guest that writes more gets I/O errors.
+    pub size_mib: u64,
 }
 
 /// When a block device's writes are on the disk.
@@ -50,8 +69,10 @@ pub enum IoEngine {
     /// One call after the other.
     #[default]
     Sync,
-    /// By io_uring.
+    /// By io_uring; refused where the host has none.
     Async,
+    /// Ours: `Async` where the host has io_uring, else `Sync`.
+    Auto,
 }
 
 fn yes() -> bool {
@@ -98,14 +119,37 @@ impl Drive {
                 );
             }
         }
+        let queues = self.queues.unwrap_or(1);
+        if !(1..=MAX_DRIVE_QUEUES).contains(&queues) {
+            return range("drives[].queues", queues, "use 1 to 8");
+        }
+        match &self.copy_on_write {
+            Some(layer) => self.check_layer(layer),
+            None => Ok(()),
+        }
+    }
+
+    fn check_layer(&self, layer: &CopyOnWrite) -> Result<(), Error> {
+        check_path("drives[].copy_on_write.path_on_host", &layer.path_on_host)?;
+        if !(1..=MAX_MEMORY_MIB).contains(&layer.size_mib) {
+            return range(
+                "drives[].copy_on_write.size_mib",
+                layer.size_mib,
+                "use 1 or more (MiB), at most 16777216",
+            );
+        }
+        if self.is_read_only || self.socket.is_some() {
+            return range(
+                "drives[].copy_on_write",
+                format_args!("{:?}", layer.path_on_host),
+                "it goes neither with `is_read_only` nor with `socket`: remove one of the two",
+            );
+        }
         Ok(())
     }
 
     /// What of it this VMM does not do yet.
     pub(super) fn unsupported(&self) -> Option<&'static str> {
-        if self.io_engine == Some(IoEngine::Async) {
-            return Some("drives[].io_engine: Async");
-        }
         self.socket.as_ref().map(|_| "drives[].socket")
     }
 }

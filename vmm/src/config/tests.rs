@@ -126,6 +126,45 @@ fn vcpus_may_be_added_up_to_a_bound() {
 }
 
 #[test]
+fn knows_engines_queues_and_layers_of_drives() {
+    let drive = |fields: &str| {
+        with(&format!(
+            r#","drives":[{{"drive_id":"a","path_on_host":"/a",{fields}}}]"#
+        ))
+    };
+    for good in [
+        r#""io_engine":"Sync""#,
+        r#""io_engine":"Async","queues":8"#,
+        r#""io_engine":"Auto","queues":1"#,
+        r#""copy_on_write":{"path_on_host":"/b","size_mib":1}"#,
+    ] {
+        Config::from_json(drive(good).as_bytes()).unwrap();
+    }
+    for (bad, field) in [
+        (r#""queues":0"#, "drives[].queues"),
+        (r#""queues":9"#, "drives[].queues"),
+        (
+            r#""copy_on_write":{"path_on_host":"","size_mib":1}"#,
+            "copy_on_write.path_on_host",
+        ),
+        (
+            r#""copy_on_write":{"path_on_host":"/a","size_mib":1}"#,
+            "used twice",
+        ),
+        (
+            r#""copy_on_write":{"path_on_host":"/b","size_mib":0}"#,
+            "copy_on_write.size_mib",
+        ),
+        (
+            r#""is_read_only":true,"copy_on_write":{"path_on_host":"/b","size_mib":1}"#,
+            "drives[].copy_on_write",
+        ),
+    ] {
+        refused_with(&drive(bad), &[field]);
+    }
+}
+
+#[test]
 fn names_what_is_not_supported_yet() {
     for (extra, field) in [
         (
@@ -148,10 +187,6 @@ fn names_what_is_not_supported_yet() {
         (
             r#","drives":[{"drive_id":"a","socket":"/a"}]"#,
             "drives[].socket",
-        ),
-        (
-            r#","drives":[{"drive_id":"a","path_on_host":"/a","io_engine":"Async"}]"#,
-            "drives[].io_engine",
         ),
     ] {
         refused_with(&with(extra), &[field, "not supported yet"]);

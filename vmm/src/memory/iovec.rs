@@ -116,6 +116,20 @@ impl IoVecBuffer {
     }
 }
 
+impl IoVecBuffer {
+    /// The pieces of the last fill, for a kernel that goes on with them after the call returned. Whoever
+    /// follows these addresses keeps the memory mapped for as long.
+    pub fn raw(&self) -> (*const libc::iovec, u32) {
+        // At most `MAX_PIECES`, so the cast loses nothing.
+        (self.pieces.as_ptr(), self.pieces.len() as u32)
+    }
+
+    /// Leaves out the first `count` bytes of the last fill.
+    pub fn advance(&mut self, count: u64) {
+        advance(&mut self.pieces, count);
+    }
+}
+
 /// Pieces of guest memory that a system call reads or fills.
 pub struct IoVecs<'a> {
     pieces: &'a mut Vec<libc::iovec>,
@@ -135,22 +149,10 @@ impl IoVecs<'_> {
     }
 
     /// Leaves out the first `count` bytes, for the rest of a short read or write.
-    pub fn advance(&mut self, mut count: u64) {
-        count = count.min(self.len);
+    pub fn advance(&mut self, count: u64) {
+        let count = count.min(self.len);
         self.len = self.len.saturating_sub(count);
-        let mut whole = 0;
-        for piece in self.pieces.iter_mut() {
-            let len = piece.iov_len as u64;
-            if count < len {
-                // SAFETY: `count` is less than the piece's length, so the address stays inside it.
-                piece.iov_base = unsafe { piece.iov_base.byte_add(count as usize) };
-                piece.iov_len = piece.iov_len.saturating_sub(count as usize);
-                break;
-            }
-            count = count.saturating_sub(len);
-            whole += 1;
-        }
-        self.pieces.drain(..whole);
+        advance(self.pieces, count);
     }
 
     /// preadv(2): fills guest memory from `file` at `offset`.
@@ -255,7 +257,25 @@ impl IoVecs<'_> {
     }
 }
 
-fn done(result: isize) -> io::Result<u64> {
+/// Leaves out the first `count` bytes of `pieces`.
+fn advance(pieces: &mut Vec<libc::iovec>, mut count: u64) {
+    let mut whole = 0;
+    for piece in pieces.iter_mut() {
+        let len = piece.iov_len as u64;
+        if count < len {
+            // SAFETY: `count` is less than the piece's length, so the address stays inside it.
+            piece.iov_base = unsafe { piece.iov_base.byte_add(count as usize) };
+            piece.iov_len = piece.iov_len.saturating_sub(count as usize);
+            break;
+        }
+        count = count.saturating_sub(len);
+        whole += 1;
+    }
+    pieces.drain(..whole);
+}
+
+/// The result of a system call that moves bytes.
+pub(crate) fn done(result: isize) -> io::Result<u64> {
     u64::try_from(result).map_err(|_| io::Error::last_os_error())
 }
 

@@ -175,6 +175,19 @@ impl Chain {
         self.enough(copied)
     }
 
+    /// Where the writable byte at `offset` is in guest memory.
+    pub fn writable_address(&self, mut offset: u64) -> Option<GuestAddress> {
+        for segment in &self.writable {
+            let len = u64::from(segment.len);
+            if offset < len {
+                let address = segment.address.0.checked_add(offset)?;
+                return Some(GuestAddress(address));
+            }
+            offset = offset.saturating_sub(len);
+        }
+        None
+    }
+
     fn enough(&self, copied: bool) -> Result<(), Error> {
         if copied {
             Ok(())

@@ -99,6 +99,7 @@ impl VirtioDevice for Entropy {
     fn update(&mut self, update: Update) -> Result<Answer, UpdateError> {
         match update {
             Update::Limits(limits) => self.limiter.update(limits),
+            other => return Err(UpdateError::NotThisDevice(other.name())),
         }
         Ok(Answer::Done)
     }

@@ -115,6 +115,10 @@ pub enum Verdict {
     Used(u32),
     /// As `Used`; and it was so much work that the other devices shall have their turn.
     Enough(u32),
+    /// The device works on it and completes it later, by [`Queue::complete`].
+    Taken,
+    /// As `Taken`; and the other devices shall have their turn.
+    TakenEnough,
     /// There is nothing to put in it now: it stays available, and processing ends.
     Keep,
     /// It stays available until a rate limit lets it through, at that time; processing ends.
@@ -293,6 +297,8 @@ impl Queue {
                     self.complete(memory, chain.head(), len)?;
                     return Ok(Progress::More);
                 }
+                Verdict::Taken => {}
+                Verdict::TakenEnough => return Ok(Progress::More),
                 Verdict::Keep => {
                     self.put_back(1);
                     return Ok(Progress::Done);

@@ -1,7 +1,10 @@
 //! What the control thread asks of a device, started or not: the operator's changes.
 
+use std::fs::File;
+
 use thiserror::Error;
 
+use super::block;
 use super::rate_limiter::LimiterUpdate;
 
 /// One change.
@@ -9,6 +12,8 @@ use super::rate_limiter::LimiterUpdate;
 pub enum Update {
     /// New limits for all that a device does.
     Limits(LimiterUpdate),
+    /// Another file behind a drive, open as the drive needs it.
+    File(File),
 }
 
 impl Update {
@@ -16,6 +21,7 @@ impl Update {
     pub fn name(&self) -> &'static str {
         match self {
             Self::Limits(_) => "rate limits",
+            Self::File(_) => "file",
         }
     }
 }
@@ -33,6 +39,9 @@ pub enum UpdateError {
     /// This kind of device has nothing of the sort.
     #[error("the device has no {0}")]
     NotThisDevice(&'static str),
+    /// The drive's file cannot be replaced by that one.
+    #[error(transparent)]
+    Drive(#[from] block::Error),
     /// There is no such device any more.
     #[error("the device is gone")]
     NoDevice,

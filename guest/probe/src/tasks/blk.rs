@@ -1,6 +1,7 @@
 //! `blk`: reads a drive that holds [`pattern`] and verifies it; with `probe.write=1` also writes
 //! the inverted pattern to the last sector, flushes, and reads it back; with `probe.discard=1` discards
-//! the first sector, has the second one zeroed, and finds both zero. `probe.drive=N` picks one.
+//! the first sector, has the second one zeroed, and finds both zero. `probe.drive=N` picks one, and
+//! `probe.queue=N` the queue that everything goes through.
 
 use super::Failure;
 use crate::cmdline::Cmdline;
@@ -57,7 +58,8 @@ pub fn run(cmdline: &Cmdline) -> Result<(), Failure> {
     let device = Device::find(cmdline, BLOCK, index, FEATURES)?;
     let can_discard = device.features() & (F_DISCARD | F_WRITE_ZEROES) != 0;
     let read_only = device.features() & F_RO != 0;
-    let queue = device.queue(0, 0)?;
+    let queue = cmdline.number("probe.queue").unwrap_or(0) as u32;
+    let queue = device.queue(queue, 0)?;
     device.finish()?;
     let mut drive = Drive { queue };
     let sectors = u64::from(device.config32(4)) << 32 | u64::from(device.config32(0));

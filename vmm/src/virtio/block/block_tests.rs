@@ -1,13 +1,14 @@
+use super::request::{T_DISCARD, T_FLUSH, T_GET_ID, T_IN, T_OUT, T_WRITE_ZEROES};
 use super::*;
 use crate::virtio::queue;
 use crate::virtio::rate_limiter::BucketOptions;
 use crate::virtio::testing::{DATA, Rig};
-use std::io::{Read as _, Write as _};
+use std::io::{Read as _, Seek as _, SeekFrom, Write as _};
 
-const STATUS: u64 = DATA + 0x10_0000;
-const BUFFER: u64 = DATA + 0x1000;
+pub(super) const STATUS: u64 = DATA + 0x10_0000;
+pub(super) const BUFFER: u64 = DATA + 0x1000;
 
-fn options(sectors: u64) -> BlockOptions {
+pub(super) fn options(sectors: u64) -> BlockOptions {
     let mut file = tempfile::tempfile().unwrap();
     for sector in 0..sectors {
         file.write_all(&[sector as u8; 512]).unwrap();
@@ -16,13 +17,16 @@ fn options(sectors: u64) -> BlockOptions {
         id: "root".into(),
         file,
         read_only: false,
+        layer: None,
+        queues: 1,
+        engine: Engine::Sync,
         cache: CacheType::Writeback,
         discard: true,
         limits: LimiterOptions::default(),
     }
 }
 
-fn rig(options: BlockOptions) -> Rig<Block> {
+pub(super) fn rig(options: BlockOptions) -> Rig<Block> {
     Rig::new(Block::new(options).unwrap())
 }
 
@@ -289,6 +293,9 @@ fn what_a_guest_writes_to_its_disk_never_changes_what_the_disk_is() {
         id: "root".into(),
         file,
         read_only: true,
+        layer: None,
+        queues: 1,
+        engine: Engine::Sync,
         cache: CacheType::Unsafe,
         discard: true,
         limits: LimiterOptions::default(),

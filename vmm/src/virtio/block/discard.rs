@@ -72,6 +72,23 @@ impl Range {
         })
     }
 
+    /// Its first byte and its length.
+    pub fn place(self) -> (u64, u64) {
+        // Neither is negative.
+        (self.offset as u64, self.len as u64)
+    }
+
+    /// How fallocate(2) does what the guest asked for.
+    pub fn mode(self, kind: Kind) -> FallocateFlags {
+        // A hole reads as zeros. Without the guest's leave its blocks stay allocated.
+        let how = match kind {
+            Kind::Zeroes if !self.unmap => FallocateFlags::FALLOC_FL_ZERO_RANGE,
+            Kind::Zeroes | Kind::Discard => FallocateFlags::FALLOC_FL_PUNCH_HOLE,
+        };
+        // It never makes the file longer.
+        how | FallocateFlags::FALLOC_FL_KEEP_SIZE
+    }
+
     /// Does to `file` what the guest asked for.
     ///
     /// # Errors
@@ -80,14 +97,23 @@ impl Range {
         if self.len == 0 {
             return Ok(());
         }
-        // A hole reads as zeros. Without the guest's leave its blocks stay allocated.
-        let first = match kind {
-            Kind::Zeroes if !self.unmap => FallocateFlags::FALLOC_FL_ZERO_RANGE,
-            Kind::Zeroes | Kind::Discard => FallocateFlags::FALLOC_FL_PUNCH_HOLE,
-        };
-        match allocate(file, first, self.offset, self.len) {
-            Err(Errno::EOPNOTSUPP) if kind == Kind::Zeroes => self.write_zeroes(file),
-            result => Ok(result?),
+        match allocate(file, self.mode(kind), self.offset, self.len) {
+            Ok(()) => Ok(()),
+            Err(error) => self.without_help(kind, file, error.into()),
+        }
+    }
+
+    /// What there is to do after fallocate(2) said `error`: zeros can be written too.
+    ///
+    /// # Errors
+    /// What the host says.
+    pub fn without_help(self, kind: Kind, file: &File, error: io::Error) -> io::Result<()> {
+        let cannot = error.raw_os_error() == Some(libc::EOPNOTSUPP);
+        match kind {
+            Kind::Zeroes if cannot => self.write_zeroes(file),
+            // fallocate(2) takes no empty range.
+            _ if self.len == 0 => Ok(()),
+            _ => Err(error),
         }
     }
 
@@ -119,7 +145,7 @@ impl Range {
 pub fn is_possible(file: &File, len: u64) -> bool {
     // Behind the end there is nothing to lose. A block device that can refuses the place, one that
     // cannot refuses the operation.
-    let punch = FallocateFlags::FALLOC_FL_PUNCH_HOLE;
+    let punch = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
     i64::try_from(len).is_ok_and(|end| {
         !matches!(
             allocate(file, punch, end, SECTOR as i64),
@@ -128,10 +154,10 @@ pub fn is_possible(file: &File, len: u64) -> bool {
     })
 }
 
-/// `fallocate`, which never makes the file longer.
+/// `fallocate`, whatever signals come.
 fn allocate(file: &File, how: FallocateFlags, offset: i64, len: i64) -> Result<(), Errno> {
     loop {
-        match fallocate(file, how | FallocateFlags::FALLOC_FL_KEEP_SIZE, offset, len) {
+        match fallocate(file, how, offset, len) {
             Err(Errno::EINTR) => {}
             result => return result,
         }

@@ -30,7 +30,28 @@ pub fn take(image: &File, read_only: bool) -> io::Result<Lock> {
     } else {
         libc::F_WRLCK
     };
-    let whole = libc::flock {
+    match fcntl(image, FcntlArg::F_OFD_SETLK(&whole(kind))) {
+        Ok(_) => Ok(Lock::Taken),
+        Err(Errno::EAGAIN | Errno::EACCES) => Ok(Lock::InUse),
+        Err(Errno::ENOLCK | Errno::EOPNOTSUPP | Errno::ENOSYS) => Ok(Lock::Unsupported),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// Gives the image back, for another descriptor of this machine's to take.
+///
+/// # Errors
+/// What the host says.
+pub fn release(image: &File) -> io::Result<()> {
+    match fcntl(image, FcntlArg::F_OFD_SETLK(&whole(libc::F_UNLCK))) {
+        Ok(_) | Err(Errno::ENOLCK | Errno::EOPNOTSUPP | Errno::ENOSYS) => Ok(()),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// A lock of `kind` on the whole file.
+fn whole(kind: libc::c_int) -> libc::flock {
+    libc::flock {
         l_type: kind as libc::c_short,
         l_whence: libc::SEEK_SET as libc::c_short,
         l_start: 0,
@@ -38,12 +59,6 @@ pub fn take(image: &File, read_only: bool) -> io::Result<Lock> {
         l_len: 0,
         // Must be zero: the lock is no process's.
         l_pid: 0,
-    };
-    match fcntl(image, FcntlArg::F_OFD_SETLK(&whole)) {
-        Ok(_) => Ok(Lock::Taken),
-        Err(Errno::EAGAIN | Errno::EACCES) => Ok(Lock::InUse),
-        Err(Errno::ENOLCK | Errno::EOPNOTSUPP | Errno::ENOSYS) => Ok(Lock::Unsupported),
-        Err(error) => Err(error.into()),
     }
 }
 

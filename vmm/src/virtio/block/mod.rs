@@ -1,32 +1,43 @@
 //! The block device (virtio 1.2, section 5.2): a file or block device of the host as a disk.
 
 mod discard;
+mod disk;
+mod image;
+mod layer;
 mod lock;
+mod request;
+mod ring;
 
 use std::fs::File;
-use std::io::{self, Seek as _, SeekFrom};
-use std::os::fd::AsFd as _;
-use std::os::unix::fs::FileTypeExt as _;
+use std::io;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
-use log::{log, warn};
+use log::info;
 use thiserror::Error;
-use vm_memory::Permissions;
+use vm_memory::Bytes as _;
 
-use self::discard::{Kind, RANGE_LEN, Range};
-use self::lock::Lock;
+use self::disk::{Disk, Store};
+use self::image::Image;
+pub use self::layer::Error as LayerError;
+use self::layer::Layer;
+use self::request::{Abilities, HEADER_LEN, Request};
+use self::ring::{Job, Ring, Ticket};
 use super::chain::{self, Chain};
 use super::config_space::ConfigSpace;
 use super::device::{
     self, DeviceIo, DeviceType, Event, LogBudget, Queues, Traits, VirtioDevice, states,
 };
-use super::queue::{Progress, QueueStates, Verdict};
+use super::queue::{self, Progress, QueueStates, Verdict};
 use super::rate_limiter::{LimiterOptions, RateLimiter};
 use super::update::{Answer, Update, UpdateError};
+use crate::event_loop::EventSet;
 use crate::memory::GuestMemory;
-use crate::memory::iovec::{IoVecBuffer, IoVecs};
+use crate::memory::iovec::IoVecBuffer;
 
-const QUEUE_SIZES: &[u16] = &[256];
+/// Most queues of a drive.
+pub const MAX_QUEUES: u16 = 8;
+const QUEUE_SIZES: &[u16] = &[256; MAX_QUEUES as usize];
 /// Requests served before the other devices get their turn.
 const BUDGET: usize = 16;
 /// Bytes after which they get it earlier. One request more than that is moved at most.
@@ -38,6 +49,7 @@ const F_SIZE_MAX: u64 = 1 << 1;
 const F_SEG_MAX: u64 = 1 << 2;
 const F_RO: u64 = 1 << 5;
 const F_FLUSH: u64 = 1 << 9;
+const F_MQ: u64 = 1 << 12;
 const F_DISCARD: u64 = 1 << 13;
 const F_WRITE_ZEROES: u64 = 1 << 14;
 
@@ -47,22 +59,16 @@ const SEG_MAX: u32 = 254;
 const SIZE_MAX: u32 = 256 << 10;
 const MAX_TRANSFER: u64 = SEG_MAX as u64 * SIZE_MAX as u64;
 
-/// Request types (section 5.2.6).
-const T_IN: u32 = 0;
-const T_OUT: u32 = 1;
-const T_FLUSH: u32 = 4;
-const T_GET_ID: u32 = 8;
-const T_DISCARD: u32 = 11;
-const T_WRITE_ZEROES: u32 = 13;
-
 /// Length of the answer to GET_ID.
 const ID_LEN: usize = 20;
-/// Type, a reserved word, and the sector.
-const HEADER_LEN: u64 = 16;
 const STATUS_LEN: u64 = 1;
-/// Of the configuration (section 5.2.4), what lies between `seg_max` and `max_discard_sectors`: geometry,
-/// block size, topology, write-back, queues. Features that are not offered govern them all.
-const UNUSED_CONFIG: [u8; 20] = [0; 20];
+/// Of the configuration (section 5.2.4), what lies between `seg_max` and `num_queues`: geometry, block size,
+/// topology, write-back. Features that are not offered govern them all.
+const UNUSED_CONFIG: [u8; 18] = [0; 18];
+/// The only descriptor of its own that a drive watches: the ring's.
+const RING_KEY: u32 = 0;
+/// When to try again what the host had no memory for.
+const PATIENCE: Duration = Duration::from_millis(1);
 
 const S_OK: u8 = 0;
 const S_IOERR: u8 = 1;
@@ -79,6 +85,27 @@ pub enum CacheType {
     Writeback,
 }
 
+/// How requests are served.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Engine {
+    /// One after the other, by the thread of the device.
+    #[default]
+    Sync,
+    /// By the kernel, many at a time, over io_uring.
+    Async,
+    /// `Async` where the host has io_uring, else `Sync`.
+    Auto,
+}
+
+/// What a machine writes to a shared image, kept apart.
+#[derive(Debug)]
+pub struct LayerOptions {
+    /// Where it is kept: a file of the length that [`LayerError::TooShort`] tells, open for reading and writing.
+    pub file: File,
+    /// How many bytes of the disk it may hold.
+    pub most: u64,
+}
+
 /// A drive.
 #[derive(Debug)]
 pub struct BlockOptions {
@@ -88,6 +115,12 @@ pub struct BlockOptions {
     pub file: File,
     /// Whether writes are refused.
     pub read_only: bool,
+    /// Where writes go instead of the file, if they do; the file is only read then.
+    pub layer: Option<LayerOptions>,
+    /// How many queues it has, 1 to [`MAX_QUEUES`].
+    pub queues: u16,
+    /// How requests are served.
+    pub engine: Engine,
     /// What a flush means.
     pub cache: CacheType,
     /// Whether the guest may give parts of it back to the host, where the host can take them.
@@ -132,314 +165,472 @@ pub enum Error {
         /// What the host says.
         source: io::Error,
     },
+    /// The layer cannot be used.
+    #[error("drive {id}: {source}")]
+    Layer {
+        /// Its id.
+        id: String,
+        /// Why.
+        source: LayerError,
+    },
+    /// Only one file can be replaced, or served by a ring.
+    #[error("drive {id}: it has a layer (`copy_on_write`), {what}")]
+    Layered {
+        /// Its id.
+        id: String,
+        /// What does not go together with that.
+        what: &'static str,
+    },
+    /// No io_uring.
+    #[error(
+        "drive {id}: the host gives no io_uring: {source}; use `io_engine` Sync or Auto, or allow it \
+         (sysctl kernel.io_uring_disabled)"
+    )]
+    Ring {
+        /// Its id.
+        id: String,
+        /// What the host said.
+        source: io::Error,
+    },
 }
 
 /// The block device.
 pub struct Block {
+    id: String,
     disk: Disk,
+    config: Arc<ConfigSpace>,
+    /// Whether discard and write-zeroes are offered.
+    discard: bool,
+    queues: u16,
+    ring: Option<Ring>,
     limiter: RateLimiter,
     running: Option<(Queues, DeviceIo)>,
     pieces: IoVecBuffer,
-}
-
-struct Disk {
-    id: [u8; ID_LEN],
-    file: File,
-    read_only: bool,
-    cache: CacheType,
-    sectors: u64,
-    /// Whether discard and write-zeroes are offered.
-    discard: bool,
-    failures: LogBudget,
+    /// Queues with chains that the ring had no room for: one bit each.
+    starved: u32,
 }
 
 impl Block {
     /// A disk as large as the file is now; a last piece of less than a sector is left out.
     ///
     /// # Errors
-    /// When the file is of a kind that is no disk, or its size cannot be found out.
+    /// See [`Error`].
     pub fn new(options: BlockOptions) -> Result<Self, Error> {
-        let BlockOptions {
-            id,
-            mut file,
-            read_only,
-            cache,
-            discard,
-            limits,
-        } = options;
-        let size = |source| Error::Size {
-            id: id.clone(),
-            source,
-        };
-        let kind = file.metadata().map_err(size)?.file_type();
-        if !kind.is_file() && !kind.is_block_device() {
-            return Err(Error::WrongKind { id });
-        }
-        match lock::take(&file, read_only) {
-            Ok(Lock::Taken) => {}
-            Ok(Lock::InUse) => return Err(Error::InUse { id, read_only }),
-            Ok(Lock::Unsupported) => {
-                warn!(
-                    "drive {id}: its file system has no locks, nothing keeps a second machine out"
-                );
+        let id = options.id;
+        let base_only_read = options.read_only || options.layer.is_some();
+        let image = Image::take(&id, options.file, base_only_read)?;
+        let mut can_discard = image.can_discard;
+        let mut ring = None;
+        let store = match options.layer {
+            None => {
+                let file = Arc::new(image.file);
+                ring = make_ring(&id, options.engine, &file)?;
+                Store::File(file)
             }
-            Err(source) => return Err(Error::Lock { id, source }),
-        }
-        // Unlike the metadata, the end of a block device is its size.
-        let len = file.seek(SeekFrom::End(0)).map_err(size)?;
-        if !len.is_multiple_of(SECTOR) {
-            warn!(
-                "drive {id}: {len} bytes are no whole sectors, the guest does not see the last {}",
-                len % SECTOR
-            );
-        }
-        let mut serial = [0; ID_LEN];
-        for (to, from) in serial.iter_mut().zip(id.bytes()) {
-            *to = from;
-        }
+            Some(_) if options.engine == Engine::Async => {
+                let what = "which needs `io_engine` Sync";
+                return Err(Error::Layered { id, what });
+            }
+            Some(layer) => {
+                let upper = Image::take(&id, layer.file, false)?;
+                can_discard = upper.can_discard;
+                let len = image.sectors.saturating_mul(SECTOR);
+                let deferred = options.cache == CacheType::Writeback;
+                let layer = Layer::open(image.file, upper.file, len, layer.most, deferred);
+                let layer = layer.map_err(|source| Error::Layer {
+                    id: id.clone(),
+                    source,
+                })?;
+                Store::Layered(Box::new(layer))
+            }
+        };
+        let queues = options.queues.clamp(1, MAX_QUEUES);
+        let discard = options.discard && can_discard && !options.read_only;
         Ok(Self {
             disk: Disk {
-                id: serial,
-                read_only,
-                cache,
-                sectors: len / SECTOR,
-                discard: discard && !read_only && discard::is_possible(&file, len),
-                file,
+                id: serial(&id),
+                abilities: Abilities {
+                    sectors: image.sectors,
+                    read_only: options.read_only,
+                    flush: options.cache == CacheType::Writeback,
+                    discard,
+                },
+                store,
                 failures: LogBudget::default(),
             },
-            limiter: RateLimiter::new(limits),
+            id,
+            config: ConfigSpace::new(config(image.sectors, queues)),
+            discard,
+            queues,
+            ring,
+            limiter: RateLimiter::new(options.limits),
             running: None,
             pieces: IoVecBuffer::default(),
+            starved: 0,
         })
     }
-}
 
-impl VirtioDevice for Block {
-    fn traits(&self) -> Traits {
-        let mut features = F_SIZE_MAX | F_SEG_MAX;
-        if self.disk.read_only {
-            features |= F_RO;
-        }
-        if self.disk.cache == CacheType::Writeback {
-            features |= F_FLUSH;
-        }
-        if self.disk.discard {
-            features |= F_DISCARD | F_WRITE_ZEROES;
-        }
-        Traits {
-            device_type: DeviceType::Block,
-            features,
-            queue_sizes: QUEUE_SIZES,
-        }
-    }
-
-    /// struct virtio_blk_config up to seg_max (section 5.2.4).
-    fn config(&self) -> Arc<ConfigSpace> {
-        let config = [
-            &self.disk.sectors.to_le_bytes()[..],
-            &SIZE_MAX.to_le_bytes(),
-            &SEG_MAX.to_le_bytes(),
-            &UNUSED_CONFIG,
-            &discard::MAX_DISCARD.to_le_bytes(),
-            &discard::MAX_RANGES.to_le_bytes(),
-            // Any sector may begin a range.
-            &1u32.to_le_bytes(),
-            &discard::MAX_ZEROES.to_le_bytes(),
-            &discard::MAX_RANGES.to_le_bytes(),
-            // Zeros may take no room, if the guest says so.
-            &[1, 0, 0, 0],
-        ];
-        ConfigSpace::new(config.concat())
-    }
-
-    fn start(&mut self, queues: Queues, _: u64, io: DeviceIo) -> Result<(), device::Error> {
-        self.running = Some((queues, io));
-        Ok(())
-    }
-
-    /// Requests are served one by one while `handle` runs, so none is in flight here.
-    fn stop(&mut self) -> QueueStates {
-        self.running
-            .take()
-            .map(|(queues, _)| states(&queues))
-            .unwrap_or_default()
-    }
-
-    fn handle(&mut self, _: Event) -> Result<Progress, device::Error> {
-        let Some(([Some(queue), ..], io)) = &mut self.running else {
+    /// Serves what a queue has, a bounded amount of it.
+    fn process(&mut self, index: u16) -> Result<Progress, device::Error> {
+        let Some((queues, io)) = &mut self.running else {
+            return Ok(Progress::Done);
+        };
+        let Some(Some(queue)) = queues.get_mut(usize::from(index)) else {
             return Ok(Progress::Done);
         };
         let mut bytes: u64 = 0;
-        let progress = queue.process(&io.memory, io.signal.as_ref(), BUDGET, |chain| {
+        let mut progress = queue.process(&io.memory, io.signal.as_ref(), BUDGET, |chain| {
             if let Some(at) = self.limiter.wait() {
                 return Ok(Verdict::Later(at));
             }
-            let written = self.disk.serve(&mut self.pieces, &io.memory, chain)?;
+            if self.ring.as_ref().is_some_and(|ring| !ring.has_room()) {
+                self.starved |= 1 << index;
+                return Ok(Verdict::Keep);
+            }
+            let written = match &mut self.ring {
+                Some(ring) => begin(&mut self.disk, ring, index, &io.memory, chain)?,
+                None => Some(serve(&mut self.disk, &mut self.pieces, &io.memory, chain)?),
+            };
             // Less than 4 GiB.
             let len = chain.readable_len() + chain.writable_len();
             self.limiter
                 .spend(len.saturating_sub(HEADER_LEN + STATUS_LEN));
             bytes = bytes.saturating_add(len);
-            Ok(if bytes < BUDGET_BYTES {
-                Verdict::Used(written)
-            } else {
-                Verdict::Enough(written)
+            Ok(match (written, bytes < BUDGET_BYTES) {
+                (Some(written), true) => Verdict::Used(written),
+                (Some(written), false) => Verdict::Enough(written),
+                (None, true) => Verdict::Taken,
+                (None, false) => Verdict::TakenEnough,
             })
         })?;
+        if let Some(ring) = &mut self.ring {
+            progress = progress.or(submit(ring));
+            // What the page cache has is there already.
+            progress = progress.or(reap(ring, &mut self.disk, queues, io)?);
+        }
         Ok(progress)
+    }
+
+    /// Completes what the ring has done, and goes on with what waited for room in it.
+    fn ring_is_ready(&mut self) -> Result<Progress, device::Error> {
+        let mut progress = match (&mut self.ring, &mut self.running) {
+            (Some(ring), Some((queues, io))) => reap(ring, &mut self.disk, queues, io)?,
+            _ => return Ok(Progress::Done),
+        };
+        let starved = std::mem::take(&mut self.starved);
+        for index in (0..self.queues).filter(|index| starved & (1 << index) != 0) {
+            let more = self.process(index)?;
+            if more != Progress::Done {
+                self.starved |= 1 << index;
+            }
+            progress = progress.or(more);
+        }
+        Ok(progress)
+    }
+
+    /// Waits for what is in flight. The driver learns of it unless it broke its queues.
+    fn drain(&mut self) {
+        let (Some(ring), Some((queues, io))) = (&mut self.ring, &mut self.running) else {
+            return;
+        };
+        let (disk, memory) = (&mut self.disk, &io.memory);
+        ring.drain(|ticket, result| {
+            // A driver that broke its queue resets the device.
+            let _ = complete(disk, queues, memory, ticket, result);
+        });
+        for queue in queues.iter_mut().flatten() {
+            let _ = queue.signal(memory, io.signal.as_ref());
+        }
+    }
+
+    /// Has `file` in the place of the one that it was, from the next request on. Requests that are being
+    /// served end first. The driver is told of another size.
+    fn replace(&mut self, file: File) -> Result<(), Error> {
+        let Store::File(old) = &self.disk.store else {
+            let (id, what) = (self.id.clone(), "and its image cannot be replaced");
+            return Err(Error::Layered { id, what });
+        };
+        let old = Arc::clone(old);
+        let read_only = self.disk.abilities.read_only;
+        let image = Image::take_instead(&self.id, &old, file, read_only)?;
+        let file = Arc::new(image.file);
+        self.drain();
+        if let Some(ring) = &mut self.ring {
+            if let Some((_, io)) = &self.running {
+                ring.start(io.memory.clone());
+            }
+            let replaced = ring.replace(Arc::clone(&file));
+            replaced.map_err(|source| Error::Ring {
+                id: self.id.clone(),
+                source,
+            })?;
+        }
+        let abilities = &mut self.disk.abilities;
+        abilities.discard = self.discard && image.can_discard;
+        self.disk.store = Store::File(file);
+        if abilities.sectors != image.sectors {
+            abilities.sectors = image.sectors;
+            self.config.set(0, &image.sectors.to_le_bytes());
+            if let Some((_, io)) = &self.running {
+                io.signal.config_changed();
+            }
+        }
+        Ok(())
+    }
+}
+
+fn make_ring(id: &str, engine: Engine, file: &Arc<File>) -> Result<Option<Ring>, Error> {
+    if engine == Engine::Sync {
+        return Ok(None);
+    }
+    match (engine, Ring::new(Arc::clone(file))) {
+        (_, Ok(ring)) => Ok(Some(ring)),
+        (Engine::Sync | Engine::Auto, Err(error)) => {
+            info!(
+                "drive {id}: the host gives no io_uring ({error}), so it is served synchronously"
+            );
+            Ok(None)
+        }
+        (Engine::Async, Err(source)) => Err(Error::Ring {
+            id: id.to_owned(),
+            source,
+        }),
+    }
+}
+
+/// struct virtio_blk_config up to write_zeroes_may_unmap (section 5.2.4).
+fn config(sectors: u64, queues: u16) -> Vec<u8> {
+    [
+        &sectors.to_le_bytes()[..],
+        &SIZE_MAX.to_le_bytes(),
+        &SEG_MAX.to_le_bytes(),
+        &UNUSED_CONFIG,
+        &queues.to_le_bytes(),
+        &discard::MAX_DISCARD.to_le_bytes(),
+        &discard::MAX_RANGES.to_le_bytes(),
+        // Any sector may begin a range.
+        &1u32.to_le_bytes(),
+        &discard::MAX_ZEROES.to_le_bytes(),
+        &discard::MAX_RANGES.to_le_bytes(),
+        // Zeros may take no room, if the guest says so.
+        &[1, 0, 0, 0],
+    ]
+    .concat()
+}
+
+/// The answer to GET_ID.
+fn serial(id: &str) -> [u8; ID_LEN] {
+    let mut serial = [0; ID_LEN];
+    for (to, from) in serial.iter_mut().zip(id.bytes()) {
+        *to = from;
+    }
+    serial
+}
+
+impl VirtioDevice for Block {
+    fn traits(&self) -> Traits {
+        let abilities = self.disk.abilities;
+        let mut features = F_SIZE_MAX | F_SEG_MAX;
+        if abilities.read_only {
+            features |= F_RO;
+        }
+        if abilities.flush {
+            features |= F_FLUSH;
+        }
+        if self.queues > 1 {
+            features |= F_MQ;
+        }
+        if self.discard {
+            features |= F_DISCARD | F_WRITE_ZEROES;
+        }
+        Traits {
+            device_type: DeviceType::Block,
+            features,
+            queue_sizes: QUEUE_SIZES
+                .get(..usize::from(self.queues))
+                .unwrap_or_default(),
+        }
+    }
+
+    fn config(&self) -> Arc<ConfigSpace> {
+        Arc::clone(&self.config)
+    }
+
+    fn start(&mut self, queues: Queues, _: u64, io: DeviceIo) -> Result<(), device::Error> {
+        if let Some(ring) = &mut self.ring {
+            io.events.watch(ring.completed(), RING_KEY, EventSet::IN)?;
+            ring.start(io.memory.clone());
+        }
+        self.starved = 0;
+        self.running = Some((queues, io));
+        Ok(())
+    }
+
+    /// What the ring has in flight ends first: the guest's memory is nobody's afterwards.
+    fn stop(&mut self) -> QueueStates {
+        self.drain();
+        let Some((queues, io)) = self.running.take() else {
+            return QueueStates::default();
+        };
+        if let Some(ring) = &self.ring {
+            io.events.unwatch(ring.completed());
+        }
+        states(&queues)
+    }
+
+    fn handle(&mut self, event: Event) -> Result<Progress, device::Error> {
+        match event {
+            Event::Queue(index) => self.process(index),
+            Event::Ready { .. } => self.ring_is_ready(),
+        }
     }
 
     fn update(&mut self, update: Update) -> Result<Answer, UpdateError> {
         match update {
             Update::Limits(limits) => self.limiter.update(limits),
+            Update::File(file) => self.replace(file)?,
+            #[allow(unreachable_patterns, reason = "what other kinds of devices know")]
+            other => return Err(UpdateError::NotThisDevice(other.name())),
         }
         Ok(Answer::Done)
     }
 }
 
-impl Disk {
-    /// Serves a request and returns how many bytes of the chain it wrote, the status byte included.
-    fn serve(
-        &mut self,
-        pieces: &mut IoVecBuffer,
-        memory: &GuestMemory,
-        chain: &Chain,
-    ) -> Result<u32, chain::Error> {
-        // Without a status byte there is no way to report anything: the queue is broken.
-        let room = chain
-            .writable_len()
-            .checked_sub(1)
-            .ok_or(chain::Error::TooShort { head: chain.head() })?;
-        let (status, written) = match self.answer(pieces, memory, chain, room) {
-            Ok(written) => (S_OK, written),
-            Err(status) => (status, 0),
-        };
-        chain.write_at(memory, room, &[status])?;
-        // `written` is at most `MAX_TRANSFER`.
-        Ok(written as u32 + 1)
-    }
+/// Serves a request and returns how many bytes of the chain it wrote, the status byte included.
+fn serve(
+    disk: &mut Disk,
+    pieces: &mut IoVecBuffer,
+    memory: &GuestMemory,
+    chain: &Chain,
+) -> Result<u32, chain::Error> {
+    let room = room(chain)?;
+    let answer = disk.answer(pieces, memory, chain, room);
+    end(memory, chain, room, answer)
+}
 
-    /// The bytes written before the status byte, or the status of a failure.
-    fn answer(
-        &mut self,
-        pieces: &mut IoVecBuffer,
-        memory: &GuestMemory,
-        chain: &Chain,
-        room: u64,
-    ) -> Result<u64, u8> {
-        let mut header = [0; HEADER_LEN as usize];
-        chain.read_at(memory, 0, &mut header).map_err(|_| S_IOERR)?;
-        let [t0, t1, t2, t3, _, _, _, _, sector @ ..] = header;
-        let sector = u64::from_le_bytes(sector);
-        match u32::from_le_bytes([t0, t1, t2, t3]) {
-            T_IN => {
-                let offset = self.place(sector, room)?;
-                let mut data = pieces
-                    .fill(memory, chain.writable(), 0, room, Permissions::Write)
-                    .map_err(|_| S_IOERR)?;
-                transfer(&mut data, offset, |data, at| {
-                    data.read_at(self.file.as_fd(), at)
-                })
-                .map_err(|error| self.failed(&error))?;
-                Ok(room)
-            }
-            T_OUT if self.read_only => Err(S_IOERR),
-            T_OUT => {
-                let len = chain.readable_len().saturating_sub(HEADER_LEN);
-                let offset = self.place(sector, len)?;
-                let mut data = pieces
-                    .fill(memory, chain.readable(), HEADER_LEN, len, Permissions::Read)
-                    .map_err(|_| S_IOERR)?;
-                transfer(&mut data, offset, |data, at| {
-                    data.write_at(self.file.as_fd(), at)
-                })
-                .map_err(|error| self.failed(&error))?;
-                Ok(0)
-            }
-            T_FLUSH if self.cache == CacheType::Writeback => {
-                self.file.sync_data().map_err(|error| self.failed(&error))?;
-                Ok(0)
-            }
-            T_GET_ID if room >= ID_LEN as u64 => {
-                chain.write_at(memory, 0, &self.id).map_err(|_| S_IOERR)?;
-                Ok(ID_LEN as u64)
-            }
-            T_GET_ID => Err(S_IOERR),
-            T_DISCARD if self.discard => self.deallocate(memory, chain, Kind::Discard),
-            T_WRITE_ZEROES if self.discard => self.deallocate(memory, chain, Kind::Zeroes),
-            _ => Err(S_UNSUPP),
-        }
-    }
+/// Room for data in a chain. Without a status byte there is no way to report anything: the queue is broken.
+fn room(chain: &Chain) -> Result<u64, chain::Error> {
+    let room = chain.writable_len().checked_sub(STATUS_LEN);
+    room.ok_or(chain::Error::TooShort { head: chain.head() })
+}
 
-    /// Discards or zeroes the ranges that a request lists. All of them are checked before any is
-    /// touched.
-    fn deallocate(&mut self, memory: &GuestMemory, chain: &Chain, kind: Kind) -> Result<u64, u8> {
-        const MOST: usize = discard::MAX_RANGES as usize * RANGE_LEN;
-        let len = chain.readable_len().saturating_sub(HEADER_LEN);
-        let len = usize::try_from(len).map_err(|_| S_IOERR)?;
-        let mut list = [0; MOST];
-        let list = list.get_mut(..len).ok_or(S_IOERR)?;
-        chain
-            .read_at(memory, HEADER_LEN, list)
-            .map_err(|_| S_IOERR)?;
-        let (ranges, rest) = list.as_chunks::<RANGE_LEN>();
-        if ranges.is_empty() || !rest.is_empty() {
-            return Err(S_IOERR);
-        }
-        let ranges = ranges.iter();
-        let ranges: Vec<Range> = ranges
-            .map(|range| Range::parse(*range, kind, self.sectors))
-            .collect::<Result<_, _>>()?;
-        for range in ranges {
-            range
-                .apply(kind, &self.file)
-                .map_err(|error| self.failed(&error))?;
-        }
-        Ok(0)
-    }
+fn end(
+    memory: &GuestMemory,
+    chain: &Chain,
+    room: u64,
+    answer: Result<u64, u8>,
+) -> Result<u32, chain::Error> {
+    let (status, written) = match answer {
+        Ok(written) => (S_OK, written),
+        Err(status) => (status, 0),
+    };
+    chain.write_at(memory, room, &[status])?;
+    // `written` is at most `MAX_TRANSFER`.
+    Ok(written as u32 + 1)
+}
 
-    fn failed(&mut self, error: &io::Error) -> u8 {
-        log!(
-            self.failures.level(),
-            "block: the host refused a request: {error}"
-        );
-        S_IOERR
-    }
-
-    /// Where `len` bytes at `sector` lie in the file, if they are whole sectors of the disk.
-    fn place(&self, sector: u64, len: u64) -> Result<i64, u8> {
-        let end = sector.checked_add(len / SECTOR).ok_or(S_IOERR)?;
-        if !len.is_multiple_of(SECTOR) || len > MAX_TRANSFER || end > self.sectors {
-            return Err(S_IOERR);
+/// Puts a request in the ring, or answers it at once: then how many bytes of the chain were written.
+fn begin(
+    disk: &mut Disk,
+    ring: &mut Ring,
+    queue: u16,
+    memory: &GuestMemory,
+    chain: &Chain,
+) -> Result<Option<u32>, chain::Error> {
+    let room = room(chain)?;
+    let status = chain
+        .writable_address(room)
+        .ok_or(chain::Error::TooShort { head: chain.head() })?;
+    let mut ticket = Ticket {
+        queue,
+        head: chain.head(),
+        status,
+        written: 0,
+    };
+    let job = match Request::parse(memory, chain, room, disk.abilities) {
+        Err(status) => return end(memory, chain, room, Err(status)).map(Some),
+        Ok(Request::Id) => {
+            let answer = chain.write_at(memory, 0, &disk.id);
+            let answer = answer.map(|()| ID_LEN as u64).map_err(|_| S_IOERR);
+            return end(memory, chain, room, answer).map(Some);
         }
-        sector
-            .checked_mul(SECTOR)
-            .and_then(|offset| i64::try_from(offset).ok())
-            .ok_or(S_IOERR)
+        Ok(Request::Read { offset, len }) => {
+            // At most `MAX_TRANSFER`.
+            ticket.written = len as u32;
+            Job::Read {
+                segments: chain.writable(),
+                offset,
+                len,
+            }
+        }
+        Ok(Request::Write { offset, len }) => Job::Write {
+            segments: chain.readable(),
+            skip: HEADER_LEN,
+            offset,
+            len,
+        },
+        Ok(Request::Flush) => Job::Sync,
+        Ok(Request::Deallocate { kind, ranges }) => Job::Deallocate { kind, ranges },
+    };
+    match ring.push(job, ticket) {
+        Ok(()) => Ok(None),
+        Err(_) => end(memory, chain, room, Err(S_IOERR)).map(Some),
     }
 }
 
-/// Moves all of `data`, by as many calls as the host needs.
-fn transfer(
-    data: &mut IoVecs<'_>,
-    mut offset: i64,
-    step: impl Fn(&IoVecs<'_>, i64) -> io::Result<u64>,
-) -> io::Result<()> {
-    while !data.is_empty() {
-        match step(data, offset) {
-            // The file became shorter than the disk.
-            Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
-            Ok(count) => {
-                data.advance(count);
-                offset = offset.saturating_add_unsigned(count);
-            }
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            Err(error) => return Err(error),
-        }
+/// Hands to the kernel what was put in the ring.
+fn submit(ring: &Ring) -> Progress {
+    match ring.submit() {
+        Ok(()) => Progress::Done,
+        // It is short of memory: what was put in the ring stays there.
+        Err(_) => Progress::Later(Instant::now() + PATIENCE),
     }
-    Ok(())
 }
 
+/// Completes what the ring has done.
+fn reap(
+    ring: &mut Ring,
+    disk: &mut Disk,
+    queues: &mut Queues,
+    io: &DeviceIo,
+) -> Result<Progress, device::Error> {
+    let mut result = Ok(());
+    let again = ring.reap(|ticket, outcome| {
+        let completed = complete(disk, queues, &io.memory, ticket, outcome);
+        if result.is_ok() {
+            result = completed;
+        }
+    });
+    result?;
+    for queue in queues.iter_mut().flatten() {
+        queue.signal(&io.memory, io.signal.as_ref())?;
+    }
+    Ok(if again { submit(ring) } else { Progress::Done })
+}
+
+/// Tells the driver how a request of the ring ended.
+fn complete(
+    disk: &mut Disk,
+    queues: &mut Queues,
+    memory: &GuestMemory,
+    ticket: Ticket,
+    result: io::Result<()>,
+) -> Result<(), queue::Error> {
+    let (status, written) = match result {
+        Ok(()) => (S_OK, ticket.written),
+        Err(error) => (disk.failed(&error), 0),
+    };
+    // The address was checked when the chain was taken, and guest memory does not go away.
+    let _ = memory.write_obj(status, ticket.status);
+    match queues.get_mut(usize::from(ticket.queue)) {
+        Some(Some(queue)) => queue.complete(memory, ticket.head, written.saturating_add(1)),
+        _ => Ok(()),
+    }
+}
+
+#[cfg(test)]
+#[path = "engine_tests.rs"]
+mod engine_tests;
 #[cfg(test)]
 #[path = "block_tests.rs"]
 mod tests;
