@@ -2,6 +2,7 @@ use super::request::{T_DISCARD, T_FLUSH, T_GET_ID, T_IN, T_OUT, T_WRITE_ZEROES};
 use super::*;
 use crate::virtio::queue;
 use crate::virtio::rate_limiter::BucketOptions;
+use crate::virtio::rate_limiter::LimiterOptions;
 use crate::virtio::testing::{DATA, Rig};
 use std::io::{Read as _, Seek as _, SeekFrom, Write as _};
 
