@@ -45,7 +45,7 @@ const LIBC: &[(&str, i64)] = libc_constants! {
     SIGINT SIGTERM
     SOCK_CLOEXEC SOCK_NONBLOCK
     SOL_SOCKET SO_ACCEPTCONN SO_TYPE
-    FIONBIO TCGETS TCSETS
+    FIONBIO TCGETS TCSETS TIOCGWINSZ
 };
 
 /// Opcodes of io_uring_register(2) (linux/io_uring.h), which libc has no names for.

@@ -29,6 +29,8 @@ pub enum Role {
     Device,
     /// A VMM's thread that runs one vCPU.
     Vcpu,
+    /// The VMM's thread that writes the guest's console to standard output.
+    Console,
     /// The VMM's worker for prefault and snapshot.
     Helper,
     /// The process beside a VMM that opens and connects for it.
@@ -43,10 +45,11 @@ pub enum Role {
 
 impl Role {
     /// Every role.
-    pub const ALL: [Role; 8] = [
+    pub const ALL: [Role; 9] = [
         Role::Control,
         Role::Device,
         Role::Vcpu,
+        Role::Console,
         Role::Helper,
         Role::Broker,
         Role::Monitor,
@@ -55,7 +58,13 @@ impl Role {
     ];
     /// The roles whose threads make up a VMM. Threads share memory, so against a takeover the
     /// union of these policies is what counts.
-    pub const VMM: [Role; 4] = [Role::Control, Role::Device, Role::Vcpu, Role::Helper];
+    pub const VMM: [Role; 5] = [
+        Role::Control,
+        Role::Device,
+        Role::Vcpu,
+        Role::Console,
+        Role::Helper,
+    ];
 
     /// The name of the policy file.
     pub const fn name(self) -> &'static str {
@@ -63,6 +72,7 @@ impl Role {
             Role::Control => "control",
             Role::Device => "device",
             Role::Vcpu => "vcpu",
+            Role::Console => "console",
             Role::Helper => "helper",
             Role::Broker => "broker",
             Role::Monitor => "monitor",

@@ -162,6 +162,13 @@ impl Vm {
         self
     }
 
+    /// Adds a virtio console.
+    #[must_use]
+    pub fn console(mut self) -> Self {
+        self.config["console"] = json!({});
+        self
+    }
+
     /// One more flag for the jailer.
     #[must_use]
     pub fn jailer_arg(mut self, arg: &str) -> Self {

@@ -2,7 +2,8 @@
 //!
 //! Each section has a file. The API's bodies are these sections, too, and make a [`Config`] one by one.
 //! Some fields are ours: `boot-source.protocol`, `machine-config.pit`, `machine-config.max_vcpu_count`,
-//! of `drives[]` `discard`, `queues`, `copy_on_write` and `io_engine: Auto`, and `network-interfaces[].mtu`.
+//! of `drives[]` `discard`, `queues`, `copy_on_write` and `io_engine: Auto`, `network-interfaces[].mtu` and
+//! `console`.
 //! What Firecracker knows and this VMM does not do yet is refused by name, never ignored: each section's
 //! `unsupported` says what that is.
 
@@ -14,6 +15,7 @@ use thiserror::Error;
 
 pub use self::balloon::Balloon;
 pub use self::boot_source::{BootSource, DEFAULT_BOOT_ARGS};
+pub use self::console::Console;
 pub use self::cpu::{CpuConfig, CpuTemplate};
 pub use self::drive::{CacheType, CopyOnWrite, Drive, IoEngine, MAX_DRIVE_QUEUES};
 pub use self::entropy::Entropy;
@@ -31,6 +33,7 @@ use crate::memory::layout;
 
 mod balloon;
 mod boot_source;
+mod console;
 pub mod cpu;
 mod drive;
 mod entropy;
@@ -87,6 +90,9 @@ pub struct Config {
     pub serial: Option<Serial>,
     /// The memory device, if any.
     pub memory_hotplug: Option<MemoryHotplug>,
+    /// The virtio console, if any.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub console: Option<Console>,
 }
 
 /// Why a config is refused.
@@ -197,6 +203,7 @@ impl Config {
             usize::from(self.vsock.is_some()),
             usize::from(self.entropy.is_some()),
             usize::from(self.balloon.is_some()),
+            usize::from(self.console.is_some()),
             usize::from(self.memory_hotplug.is_some()),
         ]
         .into_iter()

@@ -32,9 +32,11 @@ use crate::virtio::{
 };
 
 mod command_line;
+mod console;
 pub mod vcpus;
 
 use command_line::command_line;
+pub use console::ConsolePanel;
 use vcpus::Vcpus;
 
 /// Why a machine was not started.
@@ -111,8 +113,10 @@ pub struct Machine {
 
 /// What the control thread has in its hands.
 pub struct Panel {
-    /// The console.
+    /// The serial port, which is the console of a guest that has not found another one.
     pub serial: Arc<SerialPort>,
+    /// The virtio console, if there is one.
+    pub console: Option<ConsolePanel>,
     /// The power button.
     pub acpi: Arc<AcpiRegisters>,
     /// Adds and removes vCPUs, where that is possible.
@@ -179,7 +183,8 @@ pub fn build(config: &Config, resources: Resources, options: Options) -> Result<
 
     let ends = Arc::new(EndSignal::new().map_err(host("make an eventfd"))?);
     let mut panel = panel(config, ends)?;
-    let devices = virtio_devices(config, drives, taps, vsock)?;
+    let mut devices = virtio_devices(config, drives, taps, vsock)?;
+    devices.extend(panel.console.as_ref().map(ConsolePanel::device));
     let counting = devices.iter().filter_map(|device| device.metrics());
     panel.metrics.extend(counting);
     let windows = windows(devices, &memory)?;
@@ -241,7 +246,9 @@ fn panel(config: &Config, ends: Arc<EndSignal>) -> Result<Panel, Error> {
         let registers = VcpuRegisters::new(machine.vcpu_count, most, Arc::clone(&acpi));
         registers.map(Arc::new).map_err(host("make an eventfd"))
     });
+    let console = config.console.as_ref().map(|_| ConsolePanel::new());
     Ok(Panel {
+        console: console.transpose()?,
         serial: Arc::new(SerialPort::new().map_err(host("make the serial port"))?),
         acpi,
         vcpus: vcpus.transpose()?,
@@ -433,6 +440,9 @@ impl Machine {
             };
             let thread = Builder::new().name("device".to_owned()).spawn(run);
             thread.map_err(host("start the device thread"))?;
+        }
+        if let Some(console) = &self.panel.console {
+            console.start(seal(Role::Console, &sealed))?;
         }
         let mut vcpus = Vec::with_capacity(self.vcpus.len());
         for vcpu in self.vcpus {

@@ -3,6 +3,7 @@
 mod bad_input;
 mod block;
 mod boot;
+mod console;
 mod ending;
 mod entropy;
 mod net;

@@ -1,4 +1,4 @@
-//! From standard input to the serial port.
+//! From standard input to the guest's console: the virtio one, or the serial port.
 
 use std::io;
 use std::os::fd::AsRawFd;
@@ -8,12 +8,13 @@ use nix::errno::Errno;
 use nix::sys::termios::{
     InputFlags, LocalFlags, OutputFlags, SetArg, Termios, cfmakeraw, tcgetattr, tcsetattr,
 };
+use rustix::termios::tcgetwinsize;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
-use crate::devices::SerialPort;
 use crate::devices::serial::Offer;
+use crate::virtio::console::Size;
 
-/// Bytes read at once: as many as the port's FIFO holds.
+/// Bytes read at once: as many as the serial port's FIFO holds.
 const CHUNK: usize = 64;
 
 /// The terminal as it was before it became raw.
@@ -47,9 +48,9 @@ impl Input {
         }
     }
 
-    /// Moves what there is into `port`, and waits for more in `epoll` once there is room.
+    /// Moves what there is to whom `offer` offers it, and waits for more in `epoll` once there is room.
     /// Returns whether the port was in use, so that this is to be called again soon.
-    pub fn pump(&mut self, port: &SerialPort, epoll: &Epoll, data: u64) -> bool {
+    pub fn pump(&mut self, offer: impl Fn(&[u8]) -> Offer, epoll: &Epoll, data: u64) -> bool {
         loop {
             if self.pending.is_empty() {
                 match self.source {
@@ -69,7 +70,7 @@ impl Input {
                 }
                 continue;
             }
-            match port.offer(&self.pending) {
+            match offer(&self.pending) {
                 Offer::Taken(count) => {
                     self.pending.drain(..count.min(self.pending.len()));
                 }
@@ -100,6 +101,15 @@ impl Input {
         self.pending
             .extend_from_slice(chunk.get(..count).unwrap_or_default());
     }
+}
+
+/// The size of the terminal on standard output, or else on standard input; zeroes without one.
+pub fn terminal_size() -> Size {
+    let size = tcgetwinsize(io::stdout()).or_else(|_| tcgetwinsize(io::stdin()));
+    size.map_or(Size::default(), |size| Size {
+        columns: size.ws_col,
+        rows: size.ws_row,
+    })
 }
 
 fn stdin() -> i32 {

@@ -46,15 +46,17 @@ enum Token {
     Room,
     Stdin,
     Ejected,
+    ConsoleRoom,
 }
 
 impl Token {
-    const ALL: [Self; 5] = [
+    const ALL: [Self; 6] = [
         Self::End,
         Self::Signal,
         Self::Room,
         Self::Stdin,
         Self::Ejected,
+        Self::ConsoleRoom,
     ];
 }
 
@@ -69,7 +71,7 @@ pub struct Control {
 }
 
 impl Control {
-    /// Prepares the loop: SIGTERM and SIGINT become readable, in this thread and all that it starts, and
+    /// Prepares the loop: SIGTERM, SIGINT and SIGWINCH become readable, in this thread and all that it starts, and
     /// a terminal on standard input becomes raw, but for its interrupt key.
     ///
     /// # Errors
@@ -78,6 +80,7 @@ impl Control {
         let mut awaited = SigSet::empty();
         awaited.add(Signal::SIGTERM);
         awaited.add(Signal::SIGINT);
+        awaited.add(Signal::SIGWINCH);
         let mut blocked = awaited;
         // What grows a file past RLIMIT_FSIZE gets EFBIG: a guest that writes to its disk or its console
         // does not thereby end the process.
@@ -111,11 +114,18 @@ impl Control {
         if let Some(vcpus) = &panel.vcpus {
             self.watch(vcpus.ejected(), Token::Ejected)?;
         }
+        if let Some(console) = &panel.console {
+            self.watch(console.port.room(), Token::ConsoleRoom)?;
+            console.port.resize(console::terminal_size());
+        }
         machine.resume();
         let end = match self.wait_for_end(&mut machine) {
             Ok(end) => end,
             Err(error) => End::Failed(error.to_string()),
         };
+        if let Some(console) = &machine.panel.console {
+            console.output.finish();
+        }
         // The last line says what happened since the one before. The end does not wait for its reader.
         let _ = self.metrics.flush();
         // Dropping the machine would wait for its threads: the caller exits instead.
@@ -134,9 +144,11 @@ impl Control {
         let mut events = [EpollEvent::default(); 4];
         loop {
             let panel = &machine.panel;
-            let busy = self
-                .input
-                .pump(&panel.serial, &self.epoll, Token::Stdin as u64);
+            let offer = |input: &[u8]| match &panel.console {
+                Some(console) if console.port.is_running() => console.port.offer(input),
+                _ => panel.serial.offer(input),
+            };
+            let busy = self.input.pump(offer, &self.epoll, Token::Stdin as u64);
             let count = match self.epoll.wait(self.timeout(busy), &mut events) {
                 Ok(count) => count,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => 0,
@@ -152,6 +164,11 @@ impl Control {
                     Some(Token::Room) => {
                         // Only a wake-up; what it is for is done at the top.
                         let _ = panel.serial.room().read();
+                    }
+                    Some(Token::ConsoleRoom) => {
+                        if let Some(console) = &panel.console {
+                            let _ = console.port.room().read();
+                        }
                     }
                     Some(Token::Stdin) => self.input.read(&self.epoll),
                     Some(Token::Ejected) => ejected = true,
@@ -193,13 +210,20 @@ impl Control {
         })
     }
 
-    /// The first signal presses the power button, the second ends the machine.
+    /// The first signal presses the power button, the second ends the machine. A terminal of another size
+    /// is no reason for either.
     fn on_signal(&mut self, panel: &Panel) -> Result<(), Error> {
         while let Some(signal) = self
             .signals
             .read_signal()
             .map_err(failed("read a signal"))?
         {
+            if i32::try_from(signal.ssi_signo) == Ok(Signal::SIGWINCH as i32) {
+                if let Some(console) = &panel.console {
+                    console.port.resize(console::terminal_size());
+                }
+                continue;
+            }
             let now = Instant::now();
             // Act first: a log that nobody reads must not keep the machine from its end.
             if self.deadline.is_none() {

@@ -7,6 +7,7 @@
 pub mod block;
 pub mod chain;
 pub mod config_space;
+pub mod console;
 pub mod device;
 pub mod entropy;
 pub mod net;
@@ -24,6 +25,7 @@ mod testing;
 
 pub use block::{Block, BlockOptions, CacheType};
 pub use config_space::ConfigSpace;
+pub use console::Console;
 pub use device::VirtioDevice;
 pub use entropy::Entropy;
 pub use net::{Net, NetOptions};

@@ -53,6 +53,16 @@ impl Drive {
     }
 }
 
+/// Writes to the last sector of the first drive, by the ring memory in `slot`.
+pub fn mark(cmdline: &Cmdline, slot: usize) -> Result<(), Failure> {
+    let device = Device::find(cmdline, BLOCK, 0, FEATURES)?;
+    let queue = device.queue(0, slot)?;
+    device.finish()?;
+    let sectors = u64::from(device.config32(4)) << 32 | u64::from(device.config32(0));
+    let last = sectors.checked_sub(1).ok_or("the drive is empty")?;
+    write_and_read_back(&mut Drive { queue }, last, false)
+}
+
 pub fn run(cmdline: &Cmdline) -> Result<(), Failure> {
     let index = cmdline.number("probe.drive").unwrap_or(0) as usize;
     let device = Device::find(cmdline, BLOCK, index, FEATURES)?;

@@ -1,6 +1,7 @@
 //! What the probe can be told to do.
 
 mod blk;
+mod console;
 mod net;
 mod pit;
 mod rng;
@@ -24,6 +25,7 @@ pub fn run(name: &str, cmdline: &Cmdline) -> Result<(), Failure> {
         }
         "serial" => serial::run(),
         "blk" => blk::run(cmdline),
+        "console" => console::run(cmdline),
         "rng" => rng::run(cmdline),
         "vsock" => vsock::echo(cmdline),
         "vsock-connect" => vsock::connect(cmdline),
