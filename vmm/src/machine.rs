@@ -14,7 +14,10 @@ use crate::boot::{self, GedInfo, MachineDescription, MmioDeviceInfo};
 use crate::bus::{self, Bus};
 use crate::config::{CacheType, Config, Drive, IoEngine, RateLimiter};
 use crate::devices::boot_timer::{BootTimer, Moment};
-use crate::devices::{AcpiRegisters, I8042, SerialPort, VcpuRegisters, acpi, i8042, serial};
+use crate::devices::{
+    AcpiRegisters, ClockPage, Generation, I8042, SerialPort, VcpuRegisters, acpi, clock,
+    generation, i8042, serial,
+};
 use crate::ending::{End, EndSignal};
 use crate::event_loop;
 use crate::kvm::cpuid::MachineCpuid;
@@ -56,6 +59,12 @@ pub enum Error {
         /// Why.
         source: boot::Error,
     },
+    /// The generation id could not be drawn.
+    #[error(transparent)]
+    Generation(#[from] generation::Error),
+    /// The clock page could not be written.
+    #[error(transparent)]
+    Clock(#[from] clock::Error),
     /// Two devices claim one address.
     #[error("put the devices on the bus: {0}")]
     Bus(#[from] bus::Error),
@@ -121,6 +130,10 @@ pub struct Panel {
     pub acpi: Arc<AcpiRegisters>,
     /// Adds and removes vCPUs, where that is possible.
     pub vcpus: Option<Arc<VcpuRegisters>>,
+    /// Tells the guest that it is another machine than before.
+    pub generation: Generation,
+    /// Tells the guest that its time has jumped.
+    pub clock: ClockPage,
     /// Where the machine's end is announced.
     pub ends: Arc<EndSignal>,
     /// What the machine counts.
@@ -182,7 +195,7 @@ pub fn build(config: &Config, resources: Resources, options: Options) -> Result<
     vm.set_gsi_routing(pit)?;
 
     let ends = Arc::new(EndSignal::new().map_err(host("make an eventfd"))?);
-    let mut panel = panel(config, ends)?;
+    let mut panel = panel(config, &memory, ends)?;
     let mut devices = virtio_devices(config, drives, taps, vsock)?;
     devices.extend(panel.console.as_ref().map(ConsolePanel::device));
     let counting = devices.iter().filter_map(|device| device.metrics());
@@ -238,7 +251,7 @@ pub fn build(config: &Config, resources: Resources, options: Options) -> Result<
 }
 
 /// What is neither virtio nor a CPU.
-fn panel(config: &Config, ends: Arc<EndSignal>) -> Result<Panel, Error> {
+fn panel(config: &Config, memory: &GuestMemory, ends: Arc<EndSignal>) -> Result<Panel, Error> {
     let acpi = AcpiRegisters::new(Arc::clone(&ends)).map_err(host("make an eventfd"))?;
     let acpi = Arc::new(acpi);
     let machine = &config.machine_config;
@@ -250,6 +263,8 @@ fn panel(config: &Config, ends: Arc<EndSignal>) -> Result<Panel, Error> {
     Ok(Panel {
         console: console.transpose()?,
         serial: Arc::new(SerialPort::new().map_err(host("make the serial port"))?),
+        generation: Generation::new(memory.clone(), Arc::clone(&acpi))?,
+        clock: ClockPage::new(memory.clone(), Arc::clone(&acpi))?,
         acpi,
         vcpus: vcpus.transpose()?,
         ends,
@@ -511,6 +526,16 @@ impl RunningMachine {
             let _ = registers.ejected().read();
         }
         self.vcpus.settle();
+    }
+
+    /// Tells the guest that it is another machine than before and that its time has jumped: after a restore,
+    /// before it runs on.
+    ///
+    /// # Errors
+    /// When there are no random bytes.
+    pub fn regenerate(&self) -> Result<(), Error> {
+        self.panel.generation.regenerate()?;
+        Ok(self.panel.clock.disrupt()?)
     }
 
     /// How many vCPUs there are now.

@@ -62,6 +62,36 @@ fn the_generic_kernel_boots() {
 }
 
 #[test]
+#[ignore = "full: only the generic kernel has this driver, and it takes half a minute in the lab"]
+fn a_driver_takes_the_generation_id() {
+    let script = "ls /sys/bus/acpi/drivers/vmgenid; grep Reserved /proc/iomem; \
+                  dd if=/dev/mem bs=16 skip=64768 count=1 2>/dev/null | od -An -tx8";
+    let done = Casemate::new()
+        .run(&["--kernel", "generic"], script)
+        .unwrap();
+    done.assert_line("VMGENCTR:00");
+    // The memory of both is kept from the kernel.
+    assert!(
+        done.stdout.contains("000fd000-000fefff : Reserved\n"),
+        "{done:#?}"
+    );
+    let words: Vec<&str> = done
+        .stdout
+        .lines()
+        .last()
+        .unwrap()
+        .split_whitespace()
+        .collect();
+    assert!(
+        words.len() == 2
+            && words
+                .iter()
+                .all(|word| word.len() == 16 && !word.trim_matches('0').is_empty()),
+        "no random number there: {done:#?}"
+    );
+}
+
+#[test]
 fn acpi_names_the_devices() {
     let script = "ls /sys/bus/acpi/devices; grep -o 'virtio_mmio.device' /proc/cmdline; \
                   cat /sys/class/tty/ttyS0/type; ls /sys/bus/virtio/devices";
@@ -73,6 +103,8 @@ fn acpi_names_the_devices() {
         "PNP0303:00",
         "PNP0C0C:00",
         "ACPI0013:00",
+        "VMGENCTR:00",
+        "AMZNC10C:00",
     ] {
         done.assert_line(id);
     }

@@ -31,6 +31,9 @@ pub(super) fn memory_map(memory: &GuestMemory) -> Vec<Entry> {
     }
     let (tables, tables_end) = (layout::ACPI_TABLES_START, layout::ACPI_TABLES_END);
     add(&mut map, tables, tables_end, ACPI);
+    // The guest may not reuse these: they change while it runs.
+    let clock_end = layout::CLOCK_START.saturating_add(layout::CLOCK_SIZE);
+    add(&mut map, layout::GENERATION_START, clock_end, RESERVED);
     let reset_vector = layout::RESET_VECTOR;
     add(&mut map, reset_vector, layout::HIGH_MEMORY_START, RESERVED);
     let (hole, hole_end) = (layout::MMIO_HOLE_START, layout::MMIO_HOLE_END);

@@ -83,7 +83,8 @@ fn linux64_gets_a_zero_page() {
         map,
         [
             (0, 0x9fc00, 1),
-            (0xe0000, 0x1fff0, 3),
+            (0xe0000, 0x1d000, 3),
+            (0xfd000, 0x2000, 2),
             (0xffff0, 0x10, 2),
             (0x100000, 63 * MIB as u64, 1),
             (0xc000_0000, 1 << 30, 2),
@@ -146,8 +147,8 @@ fn pvh_gets_start_info() {
     let module: hvm_modlist_entry = read(&memory, info.modlist_paddr);
     assert_eq!({ module.size }, 10);
     assert_eq!(read::<u8>(&memory, module.paddr), 1);
-    assert_eq!({ info.memmap_entries }, 5);
-    let entry: hvm_memmap_table_entry = read(&memory, info.memmap_paddr + 3 * 24);
+    assert_eq!({ info.memmap_entries }, 6);
+    let entry: hvm_memmap_table_entry = read(&memory, info.memmap_paddr + 4 * 24);
     assert_eq!(
         (entry.addr, entry.size, entry.type_),
         (0x100000, 63 * MIB as u64, 1)

@@ -1,12 +1,16 @@
-//! The few devices that are not virtio: console, reset, power.
+//! The few devices that are not virtio: console, reset, power, vCPUs, and what tells a guest that it was cloned.
 
 pub mod acpi;
 pub mod boot_timer;
+pub mod clock;
+pub mod generation;
 pub mod i8042;
 pub mod serial;
 pub mod vcpus;
 
 pub use acpi::AcpiRegisters;
+pub use clock::ClockPage;
+pub use generation::Generation;
 pub use i8042::I8042;
 pub use serial::SerialPort;
 pub use vcpus::VcpuRegisters;

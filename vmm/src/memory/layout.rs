@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! 0x0000_0500  GDT, boot_params / start_info, page tables, command line   (boot only)
-//! 0x000a_0000  legacy hole; the ACPI tables lie in 0xe_0000..0x10_0000
+//! 0x000a_0000  legacy hole; ACPI tables, generation id and clock page lie in 0xe_0000..0x10_0000
 //! 0x0010_0000  RAM, up to 3 GiB
 //! 0xc000_0000  MMIO hole: ACPI registers, virtio-mmio windows, I/O APIC, local APICs
 //! 0x1_0000_0000 RAM beyond 3 GiB
@@ -35,7 +35,13 @@ pub const LOW_MEMORY_END: u64 = 0x9fc00;
 /// ACPI tables, RSDP first; guests without EFI look for it here too.
 pub const ACPI_TABLES_START: u64 = 0xe0000;
 /// End of the area for ACPI tables.
-pub const ACPI_TABLES_END: u64 = RESET_VECTOR;
+pub const ACPI_TABLES_END: u64 = GENERATION_START;
+/// A page that starts with the machine's generation id; reserved.
+pub const GENERATION_START: u64 = 0xfd000;
+/// The clock page; reserved.
+pub const CLOCK_START: u64 = 0xfe000;
+/// Its size in bytes.
+pub const CLOCK_SIZE: u64 = 0x1000;
 /// Where a guest that restarts the old way jumps to, in real mode; reserved up to 1 MiB.
 pub const RESET_VECTOR: u64 = 0xffff0;
 /// Memory that a kernel is loaded to starts here.

@@ -8,7 +8,7 @@ use acpi_tables::aml::{
 use acpi_tables::sdt::Sdt;
 
 use super::events::{self, Handler};
-use super::{OEM_ID, OEM_REVISION, OEM_TABLE_ID, bytes, cpus};
+use super::{OEM_ID, OEM_REVISION, OEM_TABLE_ID, bytes, cpus, identity};
 use crate::boot::{Error, MachineDescription, MmioDeviceInfo};
 use crate::devices::acpi::Event;
 use crate::memory::layout;
@@ -36,6 +36,7 @@ pub(super) fn build(machine: &MachineDescription) -> Result<Vec<u8>, Error> {
     }
     let mut handlers = vec![power_button(&mut body)];
     handlers.extend(cpus::hotplug(&mut body, machine)?);
+    handlers.extend(identity::devices(&mut body)?);
     events::generic_event_device(&mut body, &machine.ged, &handlers)?;
 
     let mut dsdt = Sdt::new(

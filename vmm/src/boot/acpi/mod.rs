@@ -4,6 +4,7 @@
 mod cpus;
 mod dsdt;
 mod events;
+mod identity;
 
 use acpi_tables::Aml;
 use acpi_tables::fadt::{FADTBuilder, Flags};

@@ -162,6 +162,27 @@ fn cpus_come_and_go_by_the_dsdt() {
 }
 
 #[test]
+fn a_guest_finds_what_tells_that_it_was_cloned() {
+    let dsdt = tables(&machine(0)).dsdt;
+    for id in [&b"VM_Gen_Counter\0"[..], b"VMCLOCK\0"] {
+        for name in [&b"_CID\x0d"[..], b"_DDN\x0d"] {
+            assert_eq!(contains(&dsdt, &[name, id].concat()), 1, "{id:?}");
+        }
+    }
+    // A package of two: 0xfd000 and 0.
+    let address = b"ADDR\x12\x08\x02\x0c\x00\xd0\x0f\x00\x00";
+    assert_eq!(contains(&dsdt, address), 1);
+    // Read-only memory: the clock page.
+    let memory = [0x86, 9, 0, 0, 0, 0xe0, 0x0f, 0, 0, 0x10, 0, 0];
+    assert_eq!(contains(&dsdt, &memory), 1);
+    for (bit, name) in [(0x08, &b"VGEN"[..]), (0x10, b"VCLK")] {
+        let condition = [0x92, 0x93, 0x7b, 0x60, 0x0a, bit, 0, 0];
+        let notify = [&b"\x86\\\x2e_SB_"[..], name, b"\x0a\x80"].concat();
+        assert_eq!(contains(&dsdt, &[&condition[..], &notify].concat()), 1);
+    }
+}
+
+#[test]
 fn the_largest_number_of_cpus_fits() {
     let mut machine = machine_that_grows();
     machine.max_vcpus = 32;
