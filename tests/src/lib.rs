@@ -20,7 +20,7 @@ pub use casemate_broker::exit;
 pub use disk::{pattern_disk, pattern_word};
 pub use kernels::broken_kernels;
 pub use netns::Netns;
-pub use process::{Finished, Running};
+pub use process::{Finished, Running, resident_mib};
 pub use run::{Casemate, kernel_file, packaged_kernel, rootfs};
 pub use vm::{Vm, bin, bin_dir};
 

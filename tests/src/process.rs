@@ -68,6 +68,15 @@ impl Finished {
     }
 }
 
+/// Memory of the host that the process `pid` takes, in MiB.
+pub fn resident_mib(pid: Pid) -> Result<u64> {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status"))?;
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
+    let kib = line.and_then(|line| line.trim().strip_suffix(" kB"));
+    let kib: u64 = kib.context("no VmRSS")?.trim().parse()?;
+    Ok(kib / 1024)
+}
+
 fn read_all(source: impl Read, output: &Output) {
     let mut source = BufReader::new(source.take(MAX_OUTPUT));
     let mut line = Vec::new();

@@ -212,7 +212,6 @@ impl Config {
 
     fn refuse_unsupported(&self) -> Result<(), Error> {
         let found = [
-            self.balloon.as_ref().and_then(Balloon::unsupported),
             self.cpu_config.as_ref().and_then(CpuConfig::unsupported),
             self.logger.as_ref().and_then(Logger::unsupported),
             self.memory_hotplug

@@ -30,8 +30,8 @@ use crate::vcpu::{self, Buses, VcpuThread};
 use crate::virtio::rate_limiter::LimiterOptions;
 use crate::virtio::transport::mmio::{self, MmioTransport, QUEUE_NOTIFY};
 use crate::virtio::{
-    self, Block, BlockOptions, DeviceWorker, Entropy, Net, NetOptions, VirtioDevice, Vsock,
-    VsockOptions, block, net, vsock,
+    self, Balloon, Block, BlockOptions, DeviceWorker, Entropy, Net, NetOptions, VirtioDevice,
+    Vsock, VsockOptions, balloon, block, net, vsock,
 };
 
 mod command_line;
@@ -82,6 +82,9 @@ pub enum Error {
     /// The socket device cannot be used.
     #[error(transparent)]
     Vsock(#[from] vsock::Error),
+    /// The balloon cannot be made.
+    #[error(transparent)]
+    Balloon(#[from] balloon::Error),
     /// A virtio-mmio window could not be made.
     #[error(transparent)]
     Transport(#[from] mmio::Error),
@@ -304,6 +307,9 @@ fn virtio_devices(
             listener: sockets.listener,
             broker: sockets.broker,
         })?));
+    }
+    if let Some(config) = &config.balloon {
+        devices.push(Box::new(Balloon::new(config.into())?));
     }
     if let Some(entropy) = &config.entropy {
         devices.push(Box::new(Entropy::new(limits(entropy.rate_limiter))));

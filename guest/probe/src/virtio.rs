@@ -40,7 +40,7 @@ const DESC_WRITE: u16 = 2;
 
 /// Descriptors in a ring of the probe.
 pub const RING: usize = 16;
-const RINGS: usize = 4;
+const RINGS: usize = 5;
 
 #[repr(C)]
 #[derive(Clone, Copy)]
@@ -227,6 +227,11 @@ impl Device {
     /// A word of the device's configuration space.
     pub fn config32(&self, offset: u64) -> u32 {
         self.get(reg::CONFIG + offset)
+    }
+
+    /// Writes a word of the device's configuration space.
+    pub fn set_config32(&self, offset: u64, value: u32) {
+        self.set(reg::CONFIG + offset, value);
     }
 
     fn get(&self, register: u64) -> u32 {

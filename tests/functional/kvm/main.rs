@@ -1,6 +1,7 @@
 //! The kvm tier: the probe guest on `/dev/kvm`, each device driven over real KVM.
 
 mod bad_input;
+mod balloon;
 mod block;
 mod boot;
 mod console;

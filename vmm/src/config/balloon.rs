@@ -2,6 +2,8 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::virtio::BalloonOptions;
+
 /// The balloon device.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(deny_unknown_fields)]
@@ -21,9 +23,14 @@ pub struct Balloon {
     pub free_page_reporting: bool,
 }
 
-impl Balloon {
-    /// What of it this VMM does not do yet.
-    pub(super) fn unsupported(&self) -> Option<&'static str> {
-        Some("balloon")
+impl From<&Balloon> for BalloonOptions {
+    fn from(config: &Balloon) -> Self {
+        Self {
+            amount_mib: config.amount_mib,
+            deflate_on_oom: config.deflate_on_oom,
+            stats_polling_interval_s: config.stats_polling_interval_s,
+            free_page_hinting: config.free_page_hinting,
+            free_page_reporting: config.free_page_reporting,
+        }
     }
 }

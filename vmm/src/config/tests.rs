@@ -167,10 +167,6 @@ fn knows_engines_queues_and_layers_of_drives() {
 #[test]
 fn names_what_is_not_supported_yet() {
     for (extra, field) in [
-        (
-            r#","balloon":{"amount_mib":1,"deflate_on_oom":true}"#,
-            "`balloon`",
-        ),
         (r#","cpu-config":{}"#, "`cpu-config`"),
         (r#","logger":{}"#, "`logger`"),
         (r#","metrics":{"metrics_path":"/m"}"#, "`metrics`"),

@@ -3,6 +3,7 @@
 pub mod heap;
 pub mod iovec;
 pub mod layout;
+pub mod release;
 
 use thiserror::Error;
 use vm_memory::GuestAddress;

@@ -4,6 +4,7 @@
 //! its [`worker::DeviceWorker`] owns the devices and calls them when a queue or a descriptor has news.
 //! A device sees [`queue::Queue`]s and guest memory, nothing of transports or KVM.
 
+pub mod balloon;
 pub mod block;
 pub mod chain;
 pub mod config_space;
@@ -23,6 +24,7 @@ mod stress_tests;
 #[cfg(test)]
 mod testing;
 
+pub use balloon::{Balloon, BalloonOptions};
 pub use block::{Block, BlockOptions, CacheType};
 pub use config_space::ConfigSpace;
 pub use console::Console;

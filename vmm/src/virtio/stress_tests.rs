@@ -18,12 +18,12 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use super::block::{Block, BlockOptions, CacheType};
 use super::device::VirtioDevice;
 use super::testing::{DATA, Driver, END, INDIRECT, NEXT, WRITE, memory};
-use super::{DeviceWorker, Entropy, MmioTransport, net, vsock};
+use super::{Balloon, BalloonOptions, DeviceWorker, Entropy, MmioTransport, net, vsock};
 use crate::bus::BusDevice as _;
 use crate::lockdown::{self, Role, Stage};
 use crate::memory::GuestMemory;
 
-const QUEUES: u64 = 3;
+const QUEUES: u64 = 5;
 const SIZE: u16 = 8;
 /// How long the device thread may take for anything.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -295,11 +295,19 @@ fn no_guest_and_no_host_can_break_the_devices() {
     };
     let (net, mut tap) = net::tests::fake();
     let vsock = vsock::testing::reachable(UnixListener::bind(&path).unwrap());
-    let all: [Box<dyn VirtioDevice>; 4] = [
+    let balloon = BalloonOptions {
+        amount_mib: 1,
+        deflate_on_oom: true,
+        stats_polling_interval_s: 1,
+        free_page_hinting: true,
+        free_page_reporting: true,
+    };
+    let all: [Box<dyn VirtioDevice>; 5] = [
         Box::new(Block::new(block).unwrap()),
         Box::new(Entropy::default()),
         Box::new(net),
         Box::new(vsock),
+        Box::new(Balloon::new(balloon).unwrap()),
     ];
     let mut worker = DeviceWorker::new().unwrap();
     let devices: Vec<_> = all
@@ -365,11 +373,14 @@ fn no_guest_and_no_host_can_break_the_devices() {
             memory,
             devices,
         };
-        for device in 0..4 {
+        for device in 0..vcpu.devices.len() {
             vcpu.register(device, 0x70, 0);
-            vcpu.put(vcpu.driver(device, 0).state.descriptors, &[0; 0xc000]);
+            vcpu.put(
+                vcpu.driver(device, 0).state.descriptors,
+                &[0; QUEUES as usize * 0x4000],
+            );
         }
-        for device in 0..4 {
+        for device in 0..vcpu.devices.len() {
             vcpu.start(device, true);
             assert_eq!(vcpu.status(device), 15, "device {device}");
         }

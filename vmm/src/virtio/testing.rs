@@ -170,7 +170,6 @@ impl Counter {
         self.used.load(Ordering::SeqCst)
     }
 
-    #[allow(dead_code, reason = "for devices whose configuration changes")]
     pub fn config_changes(&self) -> usize {
         self.config.load(Ordering::SeqCst)
     }

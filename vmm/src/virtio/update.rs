@@ -4,6 +4,7 @@ use std::fs::File;
 
 use thiserror::Error;
 
+use super::balloon;
 use super::block;
 use super::rate_limiter::LimiterUpdate;
 
@@ -14,6 +15,8 @@ pub enum Update {
     Limits(LimiterUpdate),
     /// Another file behind a drive, open as the drive needs it.
     File(File),
+    /// Something for a balloon.
+    Balloon(balloon::Command),
 }
 
 impl Update {
@@ -22,6 +25,7 @@ impl Update {
         match self {
             Self::Limits(_) => "rate limits",
             Self::File(_) => "file",
+            Self::Balloon(_) => "balloon",
         }
     }
 }
@@ -31,6 +35,8 @@ impl Update {
 pub enum Answer {
     /// Done.
     Done,
+    /// How a balloon is.
+    Balloon(Box<balloon::Status>),
 }
 
 /// Why a device was not changed.
@@ -42,6 +48,9 @@ pub enum UpdateError {
     /// The drive's file cannot be replaced by that one.
     #[error(transparent)]
     Drive(#[from] block::Error),
+    /// The balloon cannot.
+    #[error(transparent)]
+    Balloon(#[from] balloon::Error),
     /// There is no such device any more.
     #[error("the device is gone")]
     NoDevice,

@@ -1,5 +1,6 @@
 //! What the probe can be told to do.
 
+mod balloon;
 mod blk;
 mod console;
 mod net;
@@ -24,6 +25,7 @@ pub fn run(name: &str, cmdline: &Cmdline) -> Result<(), Failure> {
             machine::spin()
         }
         "serial" => serial::run(),
+        "balloon" => balloon::run(cmdline),
         "blk" => blk::run(cmdline),
         "console" => console::run(cmdline),
         "rng" => rng::run(cmdline),

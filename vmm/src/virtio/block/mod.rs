@@ -370,7 +370,6 @@ impl VirtioDevice for Block {
         match update {
             Update::Limits(limits) => self.limiter.update(limits),
             Update::File(file) => self.replace(file)?,
-            #[allow(unreachable_patterns, reason = "what other kinds of devices know")]
             other => return Err(UpdateError::NotThisDevice(other.name())),
         }
         Ok(Answer::Done)
