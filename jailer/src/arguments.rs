@@ -27,7 +27,8 @@ What it may use (descriptors, opened now; names are those of the machine config,
   --grant-ro [NAME=]PATH    a file or block device for reading
   --grant-rw [NAME=]PATH    a file or block device for reading and writing
   --grant-append [NAME=]PATH  a file to append to, made if it is not there, or a named pipe to write to
-  --grant-tap [NAME=]IF     an existing tap interface, in --netns if that is given
+  --grant-tap [NAME=]IF[:N] an existing tap interface, in --netns if that is given; N queues of it, 1 to 8,
+                            under NAME, NAME:1, NAME:2...
   --grant-listen [NAME=]PATH  a Unix socket, made here and owned by --uid; guests' connections
                             go to PATH_<port>. The caller removes it.
   --log-fd N                an inherited descriptor for the log
@@ -144,6 +145,9 @@ pub struct Limits {
     pub fsize: Option<u64>,
 }
 
+/// Most queues of one interface.
+const MAX_QUEUES: u8 = 8;
+
 /// One `--grant-…`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Grant {
@@ -153,6 +157,8 @@ pub struct Grant {
     pub name: String,
     /// The path, or the interface's name.
     pub path: PathBuf,
+    /// How many queues of an interface; 1 of anything else.
+    pub queues: u8,
 }
 
 /// The kinds of grants.
@@ -432,6 +438,13 @@ fn grant(kind: GrantKind, value: OsString) -> Result<Grant, ArgumentError> {
         (None, Some((name, path))) if !name.contains('/') => (name, path),
         _ => (text, text),
     };
+    let (name, path, queues) = match (kind, path.rsplit_once(':')) {
+        (GrantKind::Tap, Some((interface, count))) => {
+            let name = if name == path { interface } else { name };
+            (name, interface, count.parse().unwrap_or(0))
+        }
+        _ => (name, path, 1),
+    };
     let wrong = if path.is_empty() {
         Some("the path is empty")
     } else if text.contains(char::is_control) {
@@ -440,6 +453,8 @@ fn grant(kind: GrantKind, value: OsString) -> Result<Grant, ArgumentError> {
         Some("the name is empty or contains `..`: give another one with NAME=PATH")
     } else if [handover::KVM, handover::BROKER, handover::LOG].contains(&name) {
         Some("kvm, broker and log are the jailer's own names")
+    } else if !(1..=MAX_QUEUES).contains(&queues) {
+        Some("an interface gives 1 to 8 queues")
     } else if kind == GrantKind::Tap && (path.len() > 15 || path.contains(['/', ' ', '%'])) {
         Some("an interface's name has 1 to 15 characters, and no `/`, ` ` or `%`")
     } else {
@@ -452,6 +467,7 @@ fn grant(kind: GrantKind, value: OsString) -> Result<Grant, ArgumentError> {
         kind,
         name: name.to_owned(),
         path: path.into(),
+        queues,
     })
 }
 

@@ -237,8 +237,14 @@ impl<'a> Jail<'a> {
                     tap::enter_netns(path)?;
                 }
                 for grant in arguments.grants.iter().filter(|g| g.kind == GrantKind::Tap) {
-                    let tap = tap::open_tap(&grant.path.to_string_lossy())?;
-                    self.name(&grant.name, Kind::Tap, tap);
+                    let queues = tap::open_tap(&grant.path.to_string_lossy(), grant.queues)?;
+                    for (index, queue) in queues.into_iter().enumerate() {
+                        let name = match index {
+                            0 => grant.name.clone(),
+                            _ => format!("{}:{index}", grant.name),
+                        };
+                        self.name(&name, Kind::Tap, queue);
+                    }
                 }
                 Ok(())
             }

@@ -39,41 +39,59 @@ pub fn enter_netns(path: &Path) -> Result<()> {
     setns(&file, CloneFlags::CLONE_NEWNET).doing("enter", object)
 }
 
-/// Opens the interface's queue, non-blocking.
+/// Opens so many queues of the interface, non-blocking.
 ///
 /// # Errors
-/// If there is no such interface, it is no tap, or somebody uses it.
-pub fn open_tap(name: &str) -> Result<OwnedFd> {
+/// If there is no such interface, it is no tap, has one queue where several are wanted, or somebody
+/// uses it.
+pub fn open_tap(name: &str, queues: u8) -> Result<Vec<OwnedFd>> {
     // TUNSETIFF would make an interface that is not there.
     match if_nametoindex(name) {
         Ok(_) => {}
         Err(Errno::ENODEV) => return missing(name),
         Err(error) => return Err(error).doing("look for interface", name),
     }
-    let flags = OFlag::O_RDWR | OFlag::O_CLOEXEC | OFlag::O_NONBLOCK;
-    let tun = open("/dev/net/tun", flags, Mode::empty()).doing("open", "/dev/net/tun")?;
-    match sys::attach_tap(tun.as_fd(), name, FLAGS) {
-        Ok(()) => {}
-        Err(Errno::EBUSY) => {
-            return refused(
-                name,
-                "another program uses this tap: every machine needs one of its own",
-            );
+    let several = FLAGS | libc::IFF_MULTI_QUEUE;
+    (0..queues)
+        .map(|_| match queues {
+            // An interface made for several queues can do with one.
+            1 => match attach(name, FLAGS)? {
+                Ok(queue) => Ok(queue),
+                Err(Errno::EINVAL) => attached(name, attach(name, several)?),
+                failed => attached(name, failed),
+            },
+            _ => attached(name, attach(name, several)?),
+        })
+        .collect()
+}
+
+fn attach(name: &str, flags: libc::c_int) -> Result<nix::Result<OwnedFd>> {
+    let open_flags = OFlag::O_RDWR | OFlag::O_CLOEXEC | OFlag::O_NONBLOCK;
+    let tun = open("/dev/net/tun", open_flags, Mode::empty()).doing("open", "/dev/net/tun")?;
+    let attached = sys::attach_tap(tun.as_fd(), name, flags);
+    if attached.is_ok() {
+        // Had it gone in between, TUNSETIFF has made one, which goes away with its descriptor.
+        let flags = sys::tap_flags(tun.as_fd()).doing("look at tap", name)?;
+        if flags & libc::IFF_PERSIST == 0 {
+            return missing(name);
         }
-        Err(Errno::EINVAL) => {
-            return refused(
-                name,
-                "not a tap interface with one queue: make it with `ip tuntap add mode tap`",
-            );
-        }
-        Err(error) => return Err(error).doing("attach to tap", name),
     }
-    // Had it gone in between, TUNSETIFF has made one, which goes away with its descriptor.
-    let attached = sys::tap_flags(tun.as_fd()).doing("look at tap", name)?;
-    if attached & libc::IFF_PERSIST == 0 {
-        return missing(name);
+    Ok(attached.map(|()| tun))
+}
+
+fn attached(name: &str, result: nix::Result<OwnedFd>) -> Result<OwnedFd> {
+    match result {
+        Err(Errno::EBUSY | Errno::E2BIG) => refused(
+            name,
+            "another program uses this tap: every machine needs one of its own",
+        ),
+        Err(Errno::EINVAL) => refused(
+            name,
+            "not a tap interface, or one with a single queue where several are wanted: make it with \
+             `ip tuntap add mode tap`, and `multi_queue`",
+        ),
+        other => other.doing("attach to tap", name),
     }
-    Ok(tun)
 }
 
 fn missing<T>(name: &str) -> Result<T> {

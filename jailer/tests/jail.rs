@@ -752,6 +752,8 @@ impl Netns {
         ip(&["netns", "add", &name]);
         let netns = Self(name);
         ip(&["-n", &netns.0, "tuntap", "add", "jtap0", "mode", "tap"]);
+        let several = ["tuntap", "add", "jmulti0", "mode", "tap", "multi_queue"];
+        ip(&[&["-n", &netns.0][..], &several].concat());
         ip(&["-n", &netns.0, "link", "add", "jdummy0", "type", "bridge"]);
         netns
     }
@@ -771,6 +773,24 @@ fn ip(arguments: &[&str]) {
         "ip {arguments:?}: {}",
         String::from_utf8_lossy(&output.stderr)
     );
+}
+
+#[test]
+fn a_tap_has_several_queues() {
+    let netns = Netns::new("m");
+    let path = format!("/var/run/netns/{}", netns.0);
+    for (grant, names) in [
+        ("net0=jmulti0:3", &["kvm", "net0", "net0:1", "net0:2"][..]),
+        ("jmulti0:1", &["jmulti0", "kvm"]),
+        ("jmulti0", &["jmulti0", "kvm"]),
+    ] {
+        let jail = Jail::new("taps").args(&["--netns", &path, "--grant-tap", grant]);
+        let running = jail.start(&["report"]);
+        let named = running.report["named"].as_array().unwrap();
+        let found: Vec<_> = named.iter().map(|pair| pair[0].as_str().unwrap()).collect();
+        assert_eq!(found, names);
+        assert_eq!(running.end(), 0);
+    }
 }
 
 #[test]
@@ -798,6 +818,7 @@ fn a_tap_comes_from_its_namespace_and_the_vmm_does_not() {
     for (name, word) in [
         ("jtap0", "uses this tap"),
         ("jdummy0", "not a tap"),
+        ("jtap0:2", "not a tap interface, or one with a single queue"),
         ("jtap1", "no such interface"),
     ] {
         let (code, text) = Jail::new("tap2")

@@ -77,9 +77,12 @@ pub struct RunArgs {
     /// A further disk: raw image or block device; `:ro` makes it read-only
     #[arg(long, value_name = "PATH[:ro]")]
     pub disk: Vec<String>,
-    /// A network interface: an existing tap device
-    #[arg(long, value_name = "TAP")]
+    /// A network interface: an existing tap device, and how many of its queues to use
+    #[arg(long, value_name = "TAP[:QUEUES]")]
     pub net: Vec<String>,
+    /// What the guest is told at http://169.254.169.254: a JSON file. Needs --net
+    #[arg(long, value_name = "FILE")]
+    pub metadata: Option<PathBuf>,
     /// Network namespace in which the taps of --net are
     #[arg(long, value_name = "PATH")]
     pub netns: Option<PathBuf>,

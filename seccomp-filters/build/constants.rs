@@ -91,5 +91,6 @@ const IOCTLS: &[(&str, u64, u64, u64, u64)] = &[
     ("KVM_SET_USER_MEMORY_REGION", WRITE, KVM, 0x46, 32),
     ("TUNGETIFF", READ, TUN, 210, 4),
     ("TUNSETOFFLOAD", WRITE, TUN, 208, 4),
+    ("TUNSETQUEUE", WRITE, TUN, 217, 4),
     ("TUNSETVNETHDRSZ", WRITE, TUN, 216, 4),
 ];

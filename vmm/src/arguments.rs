@@ -7,7 +7,7 @@ use lexopt::{Arg, Parser, ValueExt};
 use log::LevelFilter;
 use thiserror::Error;
 
-use crate::logging;
+use crate::{logging, mmds};
 
 /// What `--help` prints.
 pub const HELP: &str = "\
@@ -16,6 +16,8 @@ Runs one microVM. Its first serial port is standard input and output.
 
   --no-api            start from the config file alone (there is no API yet)
   --config-file FILE  the machine, in Firecracker's config-file schema
+  --metadata FILE     what the metadata service shows at first, as JSON
+  --mmds-size-limit N most bytes of metadata [51200]
   --id ID             its name: 1 to 64 letters, digits and hyphens [anonymous]
   --handover-fd N     what the jailer opened (given by the jailer)
   --log-path FILE     append the log to FILE [standard error]
@@ -51,6 +53,10 @@ pub enum Arguments {
 pub struct RunArguments {
     /// Where the config is.
     pub config_file: String,
+    /// Where the first metadata are.
+    pub metadata: Option<String>,
+    /// Most bytes of metadata as JSON.
+    pub mmds_size_limit: usize,
     /// The machine's name.
     pub id: MachineId,
     /// The jailer's table.
@@ -123,6 +129,7 @@ where
     let (mut show_level, mut show_origin, mut module) = (false, false, None);
     let (mut metrics_path, mut boot_timer) = (None, false);
     let mut start_times = StartTimes::default();
+    let (mut metadata, mut mmds_size_limit) = (None, None);
     while let Some(argument) = parser.next()? {
         match argument {
             Arg::Long("help") | Arg::Short('h') => return Ok(Arguments::Help),
@@ -161,6 +168,17 @@ where
             Arg::Long("config-file") => {
                 set(&mut config_file, "--config-file", parser.value()?.string()?)?;
             }
+            Arg::Long("metadata") => set(&mut metadata, "--metadata", parser.value()?.string()?)?,
+            Arg::Long("mmds-size-limit") => {
+                let option = "--mmds-size-limit";
+                let limit = value(
+                    option,
+                    parser.value()?.string()?,
+                    "a number of bytes",
+                    |text| text.parse().ok(),
+                )?;
+                set(&mut mmds_size_limit, option, limit)?;
+            }
             Arg::Long("id") => set(&mut id, "--id", parser.value()?.string()?.parse()?)?,
             Arg::Long("log-path") => set(&mut log_path, "--log-path", parser.value()?.string()?)?,
             Arg::Long("handover-fd") => {
@@ -189,6 +207,8 @@ where
     }
     Ok(Arguments::Run(Box::new(RunArguments {
         config_file: config_file.ok_or(Error::Missing("--config-file is missing"))?,
+        metadata,
+        mmds_size_limit: mmds_size_limit.unwrap_or(mmds::DEFAULT_LIMIT),
         id: match id {
             Some(id) => id,
             None => "anonymous".parse()?,

@@ -2,8 +2,8 @@
 //!
 //! Each section has a file. The API's bodies are these sections, too, and make a [`Config`] one by one.
 //! Some fields are ours: `boot-source.protocol`, `machine-config.pit`, `machine-config.max_vcpu_count`,
-//! of `drives[]` `discard`, `queues`, `copy_on_write` and `io_engine: Auto`, `network-interfaces[].mtu` and
-//! `console`.
+//! of `drives[]` `discard`, `queues`, `copy_on_write` and `io_engine: Auto`, of `network-interfaces[]` `mtu` and
+//! `queues`, and `console`.
 //! What Firecracker knows and this VMM does not do yet is refused by name, never ignored: each section's
 //! `unsupported` says what that is.
 
@@ -218,7 +218,6 @@ impl Config {
                 .as_ref()
                 .and_then(MemoryHotplug::unsupported),
             self.metrics.as_ref().and_then(Metrics::unsupported),
-            self.mmds_config.as_ref().and_then(MmdsConfig::unsupported),
             self.pmem.iter().find_map(Pmem::unsupported),
             self.serial.as_ref().and_then(Serial::unsupported),
             self.machine_config.unsupported(),

@@ -1,6 +1,5 @@
 //! A machine, from its config to threads that run it. [`build`] is the order of set-up.
 
-use std::fs::File;
 use std::io;
 use std::sync::Arc;
 use std::sync::mpsc::{Sender, channel};
@@ -25,17 +24,19 @@ use crate::kvm::{self, Vcpu, Vm};
 use crate::lockdown::{self, Role, Stage};
 use crate::memory::{self, GuestMemory, layout};
 use crate::metrics::Source;
+use crate::mmds::Store;
 use crate::resources::{DriveFiles, Resources, VsockSockets};
 use crate::vcpu::{self, Buses, VcpuThread};
 use crate::virtio::rate_limiter::LimiterOptions;
 use crate::virtio::transport::mmio::{self, MmioTransport, QUEUE_NOTIFY};
 use crate::virtio::{
-    self, Balloon, Block, BlockOptions, DeviceWorker, Entropy, Net, NetOptions, VirtioDevice,
-    Vsock, VsockOptions, balloon, block, net, vsock,
+    self, Balloon, Block, BlockOptions, DeviceWorker, Entropy, Net, VirtioDevice, Vsock,
+    VsockOptions, balloon, block, net, vsock,
 };
 
 mod command_line;
 mod console;
+mod network;
 pub mod vcpus;
 
 use command_line::command_line;
@@ -79,6 +80,9 @@ pub enum Error {
         /// Why.
         source: net::Error,
     },
+    /// The metadata service cannot be made.
+    #[error("metadata service: {0}")]
+    Metadata(#[source] io::Error),
     /// The socket device cannot be used.
     #[error(transparent)]
     Vsock(#[from] vsock::Error),
@@ -137,6 +141,8 @@ pub struct Panel {
     pub generation: Generation,
     /// Tells the guest that its time has jumped.
     pub clock: ClockPage,
+    /// What the metadata service shows.
+    pub metadata: Arc<Store>,
     /// Where the machine's end is announced.
     pub ends: Arc<EndSignal>,
     /// What the machine counts.
@@ -179,6 +185,7 @@ pub fn build(config: &Config, resources: Resources, options: Options) -> Result<
         drives,
         taps,
         vsock,
+        metadata,
     } = resources;
     let max_vcpus = config.machine_config.max_vcpus();
     let pit = config.machine_config.pit;
@@ -198,8 +205,9 @@ pub fn build(config: &Config, resources: Resources, options: Options) -> Result<
     vm.set_gsi_routing(pit)?;
 
     let ends = Arc::new(EndSignal::new().map_err(host("make an eventfd"))?);
-    let mut panel = panel(config, &memory, ends)?;
-    let mut devices = virtio_devices(config, drives, taps, vsock)?;
+    let mut panel = panel(config, &memory, ends, metadata)?;
+    let cards = network::cards(config, taps, &panel.metadata)?;
+    let mut devices = virtio_devices(config, drives, cards, vsock)?;
     devices.extend(panel.console.as_ref().map(ConsolePanel::device));
     let counting = devices.iter().filter_map(|device| device.metrics());
     panel.metrics.extend(counting);
@@ -254,7 +262,12 @@ pub fn build(config: &Config, resources: Resources, options: Options) -> Result<
 }
 
 /// What is neither virtio nor a CPU.
-fn panel(config: &Config, memory: &GuestMemory, ends: Arc<EndSignal>) -> Result<Panel, Error> {
+fn panel(
+    config: &Config,
+    memory: &GuestMemory,
+    ends: Arc<EndSignal>,
+    metadata: Arc<Store>,
+) -> Result<Panel, Error> {
     let acpi = AcpiRegisters::new(Arc::clone(&ends)).map_err(host("make an eventfd"))?;
     let acpi = Arc::new(acpi);
     let machine = &config.machine_config;
@@ -270,6 +283,7 @@ fn panel(config: &Config, memory: &GuestMemory, ends: Arc<EndSignal>) -> Result<
         clock: ClockPage::new(memory.clone(), Arc::clone(&acpi))?,
         acpi,
         vcpus: vcpus.transpose()?,
+        metadata,
         ends,
         metrics: Vec::new(),
     })
@@ -279,26 +293,15 @@ fn panel(config: &Config, memory: &GuestMemory, ends: Arc<EndSignal>) -> Result<
 fn virtio_devices(
     config: &Config,
     drives: Vec<DriveFiles>,
-    taps: Vec<File>,
+    cards: Vec<Net>,
     vsock: Option<VsockSockets>,
 ) -> Result<Vec<Box<dyn VirtioDevice>>, Error> {
     let mut devices: Vec<Box<dyn VirtioDevice>> = Vec::with_capacity(config.device_count());
     for (drive, files) in config.drives_in_order().zip(drives) {
         devices.push(Box::new(Block::new(drive_options(drive, files))?));
     }
-    for (network, tap) in config.network_interfaces.iter().zip(taps) {
-        let options = NetOptions {
-            tap,
-            mac: network.guest_mac.map(|mac| mac.0),
-            mtu: network.mtu,
-            rx_limits: limits(network.rx_rate_limiter),
-            tx_limits: limits(network.tx_rate_limiter),
-        };
-        let net = Net::new(options).map_err(|source| Error::Net {
-            id: network.iface_id.clone(),
-            source,
-        })?;
-        devices.push(Box::new(net));
+    for card in cards {
+        devices.push(Box::new(card));
     }
     if let (Some(config), Some(sockets)) = (&config.vsock, vsock) {
         devices.push(Box::new(Vsock::new(VsockOptions {

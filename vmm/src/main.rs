@@ -85,7 +85,9 @@ fn run(arguments: &RunArguments) -> Result<End, Error> {
     let metrics_file = arguments.metrics_path.as_deref();
     let metrics_file = metrics_file.map(|path| source.append("metrics", path));
     let metrics_file = metrics_file.transpose()?;
-    let resources = source.open(&config)?;
+    let metadata = source.metadata(arguments.metadata.as_deref(), arguments.mmds_size_limit)?;
+    let mut resources = source.open(&config)?;
+    resources.metadata = metadata;
     if !jailed {
         lock_down()?;
     }

@@ -10,6 +10,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
+use std::sync::Arc;
 use std::time::Duration;
 
 use casemate_broker::{
@@ -20,6 +21,7 @@ use thiserror::Error;
 
 use crate::config::{self, Config, Drive};
 use crate::lockdown::{self, Role, Stage};
+use crate::mmds::{self, Store};
 
 mod append;
 mod tap;
@@ -99,10 +101,12 @@ pub struct Resources {
     pub initrd: Option<File>,
     /// One for each of [`Config::drives_in_order`].
     pub drives: Vec<DriveFiles>,
-    /// One for each of the config's network interfaces.
-    pub taps: Vec<File>,
+    /// The queues of a tap for each of the config's network interfaces.
+    pub taps: Vec<Vec<File>>,
     /// The vsock device's.
     pub vsock: Option<VsockSockets>,
+    /// What the metadata service shows.
+    pub metadata: Arc<Store>,
 }
 
 /// What a block device works with.
@@ -237,7 +241,7 @@ impl Source {
         let drives = drives.map(|drive| self.drive(drive));
         let drives = drives.collect::<Result<_, _>>()?;
         let taps = config.network_interfaces.iter();
-        let taps = taps.map(|network| self.tap(&network.host_dev_name));
+        let taps = taps.map(|network| self.taps(&network.host_dev_name, network.queues));
         let taps = taps.collect::<Result<_, _>>()?;
         // The listener last: without a jail it leaves a name behind.
         let vsock = match &config.vsock {
@@ -258,7 +262,29 @@ impl Source {
             drives,
             taps,
             vsock,
+            metadata: Arc::new(Store::new(mmds::DEFAULT_LIMIT)),
         })
+    }
+
+    /// Metadata of at most `limit` bytes: what the file `name` says, if one is given.
+    ///
+    /// # Errors
+    /// When the file cannot be opened, is no JSON, or is too large.
+    pub fn metadata(&mut self, name: Option<&str>, limit: usize) -> Result<Arc<Store>, Error> {
+        let what = "metadata";
+        let store = Store::new(limit);
+        let Some(name) = name else {
+            return Ok(Arc::new(store));
+        };
+        let file = self.file(what, name, false)?;
+        // Spaces between the values do not count, within reason.
+        let most = limit.saturating_mul(4).saturating_add(4096) as u64;
+        let refused = |source| open(what, name, source);
+        let document = serde_json::from_reader(io::BufReader::new(file.take(most)));
+        let document = document.map_err(|error| refused(error.into()))?;
+        let put = store.put(document);
+        put.map_err(|error| refused(io::Error::other(error)))?;
+        Ok(Arc::new(store))
     }
 
     fn kvm(&mut self) -> Result<File, Error> {
@@ -290,19 +316,31 @@ impl Source {
         })
     }
 
-    fn tap(&mut self, name: &str) -> Result<File, Error> {
+    /// The queues of a tap. In the hand-over the first has the tap's name, the others with `:1`,
+    /// `:2`... behind it.
+    fn taps(&mut self, name: &str, queues: u8) -> Result<Vec<File>, Error> {
         let what = "tap";
         match self {
-            Self::Direct => tap::open(name).map_err(|source| Error::Open {
+            Self::Direct => tap::open(name, queues).map_err(|source| Error::Open {
                 what,
                 name: name.to_owned(),
                 hint: match source.kind() {
                     io::ErrorKind::NotFound => "; make it (`ip tuntap add NAME mode tap`)",
+                    io::ErrorKind::InvalidInput => {
+                        "; for several queues make it with `ip tuntap add NAME mode tap multi_queue`"
+                    }
                     _ => "; it must be a free tap that this user may use",
                 },
                 source,
             }),
-            Self::Jailed(jail) => jail.take(what, name, Kind::Tap).map(File::from),
+            Self::Jailed(jail) => {
+                let queue = |index| match index {
+                    0 => jail.take(what, name, Kind::Tap),
+                    _ => jail.take(what, &format!("{name}:{index}"), Kind::Tap),
+                };
+                let queues = (0..queues).map(queue);
+                queues.map(|queue| queue.map(File::from)).collect()
+            }
         }
     }
 
@@ -458,10 +496,10 @@ mod tests {
     #[test]
     fn makes_no_tap() {
         let name = "casemate-none0";
-        let error = Source::Direct.tap(name).unwrap_err().to_string();
+        let error = Source::Direct.taps(name, 1).unwrap_err().to_string();
         assert!(error.contains("no such interface"), "{error}");
         assert!(nix::net::if_::if_nametoindex(name).is_err());
-        let error = Source::Direct.tap("a-name-far-too-long").unwrap_err();
+        let error = Source::Direct.taps("a-name-far-too-long", 2).unwrap_err();
         assert!(error.to_string().contains("no such interface"));
     }
 

@@ -13,6 +13,8 @@ use crate::cgroups::{self, Hierarchies};
 
 /// The vsock device's name: the jailer makes its socket, the broker connects beside it.
 pub const VSOCK: &str = "vsock";
+/// The metadata's name.
+const METADATA: &str = "metadata";
 /// File name of that socket in the machine's directory.
 pub const VSOCK_SOCKET: &str = "v.sock";
 /// The guest's vsock address. Every machine has its own device, so all may have the same.
@@ -41,7 +43,13 @@ pub fn machine_config(plan: &Plan) -> Value {
         .taps
         .iter()
         .enumerate()
-        .map(|(number, tap)| json!({ "iface_id": format!("net{number}"), "host_dev_name": tap }))
+        .map(|(number, tap)| {
+            json!({
+                "iface_id": format!("net{number}"),
+                "host_dev_name": tap.name,
+                "queues": tap.queues,
+            })
+        })
         .collect();
     let mut config = json!({
         "boot-source": boot,
@@ -49,6 +57,11 @@ pub fn machine_config(plan: &Plan) -> Value {
         "drives": drives,
         "network-interfaces": interfaces,
     });
+    if plan.metadata.is_some() {
+        let cards: Vec<_> = (0..plan.taps.len()).map(|n| format!("net{n}")).collect();
+        let service = json!({ "version": "V2", "network_interfaces": cards });
+        set(&mut config, "mmds-config", service);
+    }
     if plan.spec.is_some() {
         set(
             &mut config,
@@ -108,7 +121,10 @@ pub fn jailer_arguments(
         args.grant(option, &disk.name, &disk.path);
     }
     for tap in &plan.taps {
-        args.option("--grant-tap", tap);
+        args.option("--grant-tap", format!("{}:{}", tap.name, tap.queues));
+    }
+    if let Some(metadata) = &plan.metadata {
+        args.grant("--grant-ro", METADATA, metadata);
     }
     if let Some(netns) = &plan.netns {
         args.option("--netns", netns);
@@ -128,6 +144,9 @@ pub fn jailer_arguments(
         "warn",
     ] {
         args.flag(word);
+    }
+    if plan.metadata.is_some() {
+        args.option("--metadata", METADATA);
     }
     args.0
 }
@@ -155,6 +174,7 @@ impl Arguments {
 mod tests {
     use super::*;
     use crate::run::plan::Disk;
+    use crate::run::taps::Tap;
 
     fn plan() -> Plan {
         Plan {
@@ -177,7 +197,11 @@ mod tests {
                     read_only: false,
                 },
             ],
-            taps: vec!["tap7".into()],
+            taps: vec![Tap {
+                name: "tap7".into(),
+                queues: 2,
+            }],
+            metadata: Some("/m.json".into()),
             netns: None,
             cpus: 2,
             memory_mib: 256,
@@ -205,13 +229,17 @@ mod tests {
         assert!(after("--grant-ro", "kernel=/k/vmlinux"));
         assert!(after("--grant-ro", "initrd=/k/initrd"));
         assert!(after("--grant-ro", "config=/s/config.json"));
-        assert!(after("--grant-tap", "tap7"));
+        assert!(after("--grant-tap", "tap7:2"));
+        assert!(after("--grant-ro", "metadata=/m.json"));
+        assert!(after("--metadata", "metadata"));
         assert!(after("--grant-listen", "vsock=/s/v.sock"));
         assert!(after("--uid", "900000") && after("--gid", "900000"));
         assert_eq!(config["drives"][0]["path_on_host"], "rootfs");
         assert_eq!(config["drives"][0]["is_read_only"], true);
         assert_eq!(config["drives"][1]["cache_type"], "Writeback");
         assert_eq!(config["network-interfaces"][0]["host_dev_name"], "tap7");
+        assert_eq!(config["network-interfaces"][0]["queues"], 2);
+        assert_eq!(config["mmds-config"]["network_interfaces"][0], "net0");
         assert_eq!(config["vsock"]["uds_path"], "vsock");
         assert!(
             !config.to_string().contains("/cache"),

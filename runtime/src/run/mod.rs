@@ -8,6 +8,7 @@ mod children;
 mod machine_config;
 mod plan;
 mod supervise;
+mod taps;
 mod terminal;
 
 use std::io;
@@ -71,8 +72,13 @@ pub enum Error {
     #[error("--disk {}: not a disk; give an image (a regular file) or a block device", .0.display())]
     NotADisk(PathBuf),
     /// Not an interface's name.
-    #[error("--net {0:?}: not the name of a network interface (1-15 characters, no / or =)")]
+    #[error(
+        "--net {0:?}: not the name of a network interface (1-15 characters, no / or =), with :QUEUES behind it (1-8) or without"
+    )]
     BadTap(String),
+    /// Nobody could ask for it.
+    #[error("--metadata: a guest asks for it over the network: give --net, too")]
+    MetadataWithoutNet,
     /// Named twice.
     #[error("--net {0}: given twice")]
     TwoTaps(String),

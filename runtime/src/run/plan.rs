@@ -1,6 +1,5 @@
 //! What a `casemate run` asks for, checked before anything is started or made.
 
-use std::collections::BTreeSet;
 use std::env;
 use std::fs::{self, FileType, OpenOptions};
 use std::io::{self, ErrorKind, IsTerminal};
@@ -11,6 +10,7 @@ use casemate_broker::MachineId;
 use casemate_init::protocol::{Frame, Spec};
 
 use super::Error;
+use super::taps::{self, Tap};
 use crate::cli::RunArgs;
 use crate::kernels::{self, Needs};
 use crate::places::Places;
@@ -18,8 +18,6 @@ use crate::rootfs;
 
 /// Words for every Linux guest: the console is the serial port; a panic ends the machine at once.
 const BASE_CMDLINE: &str = "console=ttyS0 quiet panic=-1";
-/// Longest name of a network interface (`IFNAMSIZ` without the final zero).
-const MAX_INTERFACE: usize = 15;
 /// The environment of a command to which nobody gave a `PATH`.
 const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
@@ -53,8 +51,10 @@ pub struct Plan {
     pub cmdline: String,
     /// Disks, the root first.
     pub disks: Vec<Disk>,
-    /// Names of tap interfaces.
-    pub taps: Vec<String>,
+    /// Tap interfaces.
+    pub taps: Vec<Tap>,
+    /// What the guest is told at the metadata service's address.
+    pub metadata: Option<PathBuf>,
     /// Where they are.
     pub netns: Option<PathBuf>,
     /// Virtual CPUs.
@@ -92,7 +92,14 @@ impl Plan {
             .as_deref()
             .map(|path| resolved("--netns", path))
             .transpose()?;
-        check_taps(&args.net, netns.is_some())?;
+        let taps = taps::taps(&args.net, netns.is_some())?;
+        if args.metadata.is_some() && taps.is_empty() {
+            return Err(Error::MetadataWithoutNet);
+        }
+        let metadata = args.metadata.as_deref();
+        let metadata = metadata
+            .map(|path| readable("--metadata", path))
+            .transpose()?;
         let mut disks = Vec::new();
         for (number, text) in args.disk.iter().enumerate() {
             disks.push(disk(number, text)?);
@@ -118,7 +125,8 @@ impl Plan {
             initrd,
             cmdline: String::new(),
             disks,
-            taps: args.net.clone(),
+            taps,
+            metadata,
             netns,
             cpus: args.cpus,
             memory_mib: args.memory,
@@ -238,35 +246,6 @@ fn disk(number: usize, text: &str) -> Result<Disk, Error> {
     })
 }
 
-fn check_taps(taps: &[String], elsewhere: bool) -> Result<(), Error> {
-    let mut seen = BTreeSet::new();
-    for tap in taps {
-        let well_formed = !tap.is_empty()
-            && tap.len() <= MAX_INTERFACE
-            && tap != "."
-            && tap != ".."
-            && tap
-                .bytes()
-                .all(|byte| byte.is_ascii_graphic() && byte != b'/' && byte != b'=');
-        if !well_formed {
-            return Err(Error::BadTap(tap.clone()));
-        }
-        if !seen.insert(tap) {
-            return Err(Error::TwoTaps(tap.clone()));
-        }
-        // In another namespace the jailer finds out.
-        if !elsewhere
-            && !Path::new("/sys/class/net")
-                .join(tap)
-                .join("tun_flags")
-                .exists()
-        {
-            return Err(Error::NoTap(tap.clone()));
-        }
-    }
-    Ok(())
-}
-
 fn spec(args: &RunArgs, id: &MachineId) -> Result<Spec, Error> {
     let interactive = io::stdin().is_terminal() && io::stdout().is_terminal();
     let tty = match args.tty.as_str() {
@@ -348,26 +327,6 @@ mod tests {
         ));
         assert!(matches!(disk(0, "/dev/null"), Err(Error::NotADisk(_))));
         assert!(matches!(disk(0, "/nonexistent"), Err(Error::File { .. })));
-    }
-
-    #[test]
-    fn taps() {
-        let check = |names: &[&str], elsewhere| {
-            let names: Vec<String> = names.iter().map(ToString::to_string).collect();
-            check_taps(&names, elsewhere)
-        };
-        assert!(check(&["a", "b"], true).is_ok());
-        assert!(matches!(check(&["a", "a"], true), Err(Error::TwoTaps(_))));
-        for bad in ["", "../x", "a=b", "..", "sixteen-letters-"] {
-            assert!(
-                matches!(check(&[bad], true), Err(Error::BadTap(_))),
-                "{bad}"
-            );
-        }
-        assert!(matches!(
-            check(&["no-such-tap"], false),
-            Err(Error::NoTap(_))
-        ));
     }
 
     #[test]

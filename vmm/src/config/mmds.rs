@@ -5,6 +5,7 @@ use std::net::Ipv4Addr;
 use serde::{Deserialize, Serialize};
 
 use super::{Error, NetworkInterface, range};
+use crate::mmds::is_address_allowed;
 
 /// The metadata service.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
@@ -34,11 +35,8 @@ pub enum MmdsVersion {
 
 impl MmdsConfig {
     pub(super) fn check(&self, cards: &[NetworkInterface]) -> Result<(), Error> {
-        // RFC 3927, section 2.1: the first and the last 256 addresses are reserved.
-        let fits = |address: Ipv4Addr| {
-            address.is_link_local() && !matches!(address.octets(), [_, _, 0 | 255, _])
-        };
-        if let Some(address) = self.ipv4_address.filter(|address| !fits(*address)) {
+        let refused = |address: &Ipv4Addr| !is_address_allowed(*address);
+        if let Some(address) = self.ipv4_address.filter(refused) {
             return range(
                 "mmds-config.ipv4_address",
                 address,
@@ -61,10 +59,5 @@ impl MmdsConfig {
             ),
             None => Ok(()),
         }
-    }
-
-    /// What of it this VMM does not do yet.
-    pub(super) fn unsupported(&self) -> Option<&'static str> {
-        Some("mmds-config")
     }
 }

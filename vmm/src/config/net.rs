@@ -5,9 +5,14 @@ use std::fmt;
 use serde::{Deserialize, Serialize, Serializer};
 
 use super::{Error, RateLimiter, check_path, range};
+use crate::virtio::net::MAX_PAIRS;
 
 /// Smallest MTU that a virtio network card may announce (virtio 1.2, section 5.1.4.1).
 const MIN_MTU: u16 = 68;
+
+fn one() -> u8 {
+    1
+}
 
 /// A network card.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
@@ -21,6 +26,9 @@ pub struct NetworkInterface {
     pub guest_mac: Option<MacAddress>,
     /// Largest packet in bytes that the guest should send, 68 to 65535.
     pub mtu: Option<u16>,
+    /// Pairs of queues, 1 to 8: as many descriptors of the tap, which then has several queues.
+    #[serde(default = "one")]
+    pub queues: u8,
     /// How much the guest may receive.
     pub rx_rate_limiter: Option<RateLimiter>,
     /// How much the guest may send.
@@ -30,6 +38,9 @@ pub struct NetworkInterface {
 impl NetworkInterface {
     pub(super) fn check(&self) -> Result<(), Error> {
         check_path("network-interfaces[].host_dev_name", &self.host_dev_name)?;
+        if !(1..=MAX_PAIRS).contains(&usize::from(self.queues)) {
+            return range("network-interfaces[].queues", self.queues, "use 1 to 8");
+        }
         match self.mtu.filter(|mtu| *mtu < MIN_MTU) {
             Some(mtu) => range("network-interfaces[].mtu", mtu, "use 68 to 65535"),
             None => Ok(()),

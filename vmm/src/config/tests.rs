@@ -170,10 +170,6 @@ fn names_what_is_not_supported_yet() {
         (r#","cpu-config":{}"#, "`cpu-config`"),
         (r#","logger":{}"#, "`logger`"),
         (r#","metrics":{"metrics_path":"/m"}"#, "`metrics`"),
-        (
-            r#","mmds-config":{"network_interfaces":["a"]}"#,
-            "`mmds-config`",
-        ),
         (r#","pmem":[{"id":"a","path_on_host":"/a"}]"#, "`pmem`"),
         (r#","serial":{}"#, "`serial`"),
         (

@@ -61,10 +61,10 @@ impl IoVecBuffer {
     ///
     /// # Errors
     /// When a byte asked for is not guest memory, or the pieces are too many.
-    pub fn fill<'a>(
+    pub fn fill<'a, 's>(
         &'a mut self,
         memory: &'a GuestMemory,
-        segments: &[Segment],
+        segments: impl IntoIterator<Item = &'s Segment>,
         mut skip: u64,
         limit: u64,
         access: Permissions,
@@ -130,14 +130,30 @@ impl IoVecBuffer {
     }
 }
 
-/// Pieces of guest memory that a system call reads or fills.
+/// Pieces of guest memory that a system call reads or fills, and perhaps a last one of our own.
 pub struct IoVecs<'a> {
     pieces: &'a mut Vec<libc::iovec>,
     len: u64,
     memory: PhantomData<&'a GuestMemory>,
 }
 
-impl IoVecs<'_> {
+impl<'a> IoVecs<'a> {
+    /// Adds `spill` behind the guest's pieces: what does not fit in them is read there.
+    ///
+    /// # Errors
+    /// When the pieces are too many.
+    pub fn with_spill(self, spill: &'a mut [u8]) -> Result<Self, Error> {
+        if self.pieces.len() == MAX_PIECES {
+            return Err(Error::TooMany);
+        }
+        self.pieces.push(libc::iovec {
+            iov_base: spill.as_mut_ptr().cast(),
+            iov_len: spill.len(),
+        });
+        let len = self.len.saturating_add(spill.len() as u64);
+        Ok(Self { len, ..self })
+    }
+
     /// Length in bytes.
     pub fn len(&self) -> u64 {
         self.len
@@ -174,6 +190,16 @@ impl IoVecs<'_> {
         let (pieces, count) = self.raw();
         // SAFETY: as for `read_at`; the kernel only reads the pieces.
         done(unsafe { libc::pwritev(file.as_raw_fd(), pieces, count, offset) })
+    }
+
+    /// readv(2): fills guest memory from `fd`.
+    ///
+    /// # Errors
+    /// What the system call says.
+    pub fn read(&mut self, fd: BorrowedFd<'_>) -> io::Result<u64> {
+        let (pieces, count) = self.raw();
+        // SAFETY: as for `read_at`; a piece of our own is borrowed as long as `self` is.
+        done(unsafe { libc::readv(fd.as_raw_fd(), pieces, count) })
     }
 
     /// writev(2): writes guest memory to `fd`.
@@ -376,6 +402,30 @@ mod tests {
         assert_eq!(&back, b"defgh");
         pieces.advance(u64::MAX);
         assert!(pieces.is_empty());
+    }
+
+    #[test]
+    fn what_does_not_fit_in_the_guest_is_spilled() {
+        let memory = memory();
+        let mut buffer = IoVecBuffer::default();
+        let (mut ours, theirs) = UnixStream::pair().unwrap();
+        ours.write_all(b"abcdefgh").unwrap();
+        let mut spill = [0; 4];
+        let mut pieces = buffer
+            .fill(&memory, &[segment(0xffe, 4)], 0, 3, Permissions::Write)
+            .unwrap()
+            .with_spill(&mut spill)
+            .unwrap();
+        assert_eq!((pieces.len(), pieces.read(theirs.as_fd()).unwrap()), (7, 7));
+        assert_eq!(&spill, b"defg");
+        let mut there = [0; 4];
+        memory.read_slice(&mut there, GuestAddress(0xffe)).unwrap();
+        assert_eq!(&there, b"abc\0");
+        let many = vec![segment(0, 1); MAX_PIECES];
+        let full = buffer
+            .fill(&memory, &many, 0, u64::MAX, Permissions::Write)
+            .unwrap();
+        assert!(matches!(full.with_spill(&mut spill), Err(Error::TooMany)));
     }
 
     #[test]

@@ -12,17 +12,34 @@ const MAX_NAME: usize = 15;
 
 ioctl_iow_nr!(TUNSETIFF, b'T' as u32, 202, libc::c_int);
 
-/// Attaches to the tap `name`, as virtio-net wants it.
+/// Attaches to `queues` queues of the tap `name`, as virtio-net wants it.
 ///
 /// # Errors
-/// When no interface has the name (TUNSETIFF would make one), it is no tap, it is in use, or the
-/// caller may not.
-pub fn open(name: &str) -> io::Result<File> {
+/// When no interface has the name (TUNSETIFF would make one), it is no tap, it is in use, it has
+/// one queue and several are asked for, or the caller may not.
+pub fn open(name: &str, queues: u8) -> io::Result<Vec<File>> {
     let missing = || io::Error::new(io::ErrorKind::NotFound, "there is no such interface");
     if name.len() > MAX_NAME {
         return Err(missing());
     }
     nix::net::if_::if_nametoindex(name).map_err(|_| missing())?;
+    let (one, several) = (0, libc::IFF_MULTI_QUEUE);
+    let mut files = Vec::with_capacity(queues.into());
+    for _ in 0..queues {
+        files.push(
+            match attach(name, if queues == 1 { one } else { several }) {
+                // A tap made for several queues can do with one.
+                Err(error) if queues == 1 && error.kind() == io::ErrorKind::InvalidInput => {
+                    attach(name, several)?
+                }
+                result => result?,
+            },
+        );
+    }
+    Ok(files)
+}
+
+fn attach(name: &str, more: libc::c_int) -> io::Result<File> {
     let tun = OpenOptions::new()
         .read(true)
         .write(true)
@@ -32,9 +49,9 @@ pub fn open(name: &str) -> io::Result<File> {
     for (place, byte) in request.ifr_name.iter_mut().zip(name.bytes()) {
         *place = byte.cast_signed();
     }
-    // The flags fit: they are bits 1, 12 and 14.
+    // The flags fit: they are bits 1, 8, 12 and 14.
     request.ifr_ifru.ifru_flags =
-        (libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR) as libc::c_short;
+        (libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR | more) as libc::c_short;
     // SAFETY: TUNSETIFF reads an ifreq, which is what the reference is to.
     if unsafe { ioctl_with_ref(&tun, TUNSETIFF(), &request) } < 0 {
         return Err(io::Error::last_os_error());

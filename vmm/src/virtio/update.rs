@@ -17,6 +17,13 @@ pub enum Update {
     File(File),
     /// Something for a balloon.
     Balloon(balloon::Command),
+    /// New limits for a network card.
+    NetLimits {
+        /// For what the guest receives.
+        rx: LimiterUpdate,
+        /// For what it sends.
+        tx: LimiterUpdate,
+    },
 }
 
 impl Update {
@@ -26,6 +33,7 @@ impl Update {
             Self::Limits(_) => "rate limits",
             Self::File(_) => "file",
             Self::Balloon(_) => "balloon",
+            Self::NetLimits { .. } => "rate limits of a network card",
         }
     }
 }

@@ -1,4 +1,5 @@
-//! The network card (virtio 1.2, section 5.1): frames between the guest and a tap.
+//! The network card (virtio 1.2, section 5.1): frames between the guest and a tap, by up to
+//! [`MAX_PAIRS`] pairs of queues, each on a queue of the tap's.
 //!
 //! The two directions know nothing of each other: a full receive ring leaves the tap's frames
 //! where they are and never stops transmission (CVE-2020-16843 elsewhere), and a tap that takes
@@ -13,27 +14,35 @@ use log::debug;
 use thiserror::Error;
 use vm_memory::Permissions;
 
-use self::receive::{Delivery, FrameBuffer};
+use self::detour::Detour;
+use self::features::{ALWAYS, F_CTRL_VQ, F_MAC, F_MQ, F_MRG_RXBUF, F_MTU, SOMETIMES, offloads};
+use self::receive::{Delivery, Read, Receiver};
 use self::tap::Offloads;
 use super::chain::Chain;
 use super::config_space::ConfigSpace;
 use super::device::{self, DeviceIo, DeviceType, Event, Queues, Traits, VirtioDevice, states};
-use super::queue::{Progress, QueueStates, Verdict};
+use super::queue::{MAX_QUEUES, Progress, QueueStates, Verdict};
 use super::rate_limiter::{LimiterOptions, RateLimiter};
-use crate::event_loop::EventSet;
+use super::update::{Answer, Update, UpdateError};
+use crate::event_loop::{EventSet, Registrar};
 use crate::memory::GuestMemory;
 use crate::memory::iovec::IoVecBuffer;
+use crate::mmds::Stack;
 
+mod control;
+mod detour;
+mod features;
 mod receive;
 mod tap;
 
-const QUEUE_SIZES: &[u16] = &[256, 256];
-const RX: u16 = 0;
-const TX: u16 = 1;
-/// The key of the tap in the event loop.
-const TAP: u32 = 0;
+/// Most pairs of queues of a card.
+pub const MAX_PAIRS: usize = 8;
+/// Receive and send queues by turns, and the control queue.
+const QUEUE_SIZES: &[u16] = &[256; MAX_QUEUES];
 /// Frames moved in one direction before the other devices get their turn.
 const BUDGET: usize = 64;
+/// Commands served before the other devices get their turn.
+const COMMANDS: usize = 8;
 /// Most frames thrown away at a start: more than a tap queues.
 const MAX_STALE: usize = 2048;
 
@@ -45,24 +54,11 @@ const MAX_PACKET: usize = HEADER_LEN + MAX_FRAME;
 /// Smallest Ethernet header: less is no frame.
 const MIN_PACKET: usize = HEADER_LEN + 14;
 
-/// Feature bits (section 5.1.3).
-const F_CSUM: u64 = 1 << 0;
-const F_GUEST_CSUM: u64 = 1 << 1;
-const F_MTU: u64 = 1 << 3;
-const F_MAC: u64 = 1 << 5;
-const F_GUEST_TSO4: u64 = 1 << 7;
-const F_GUEST_TSO6: u64 = 1 << 8;
-const F_GUEST_UFO: u64 = 1 << 10;
-const F_HOST_TSO4: u64 = 1 << 11;
-const F_HOST_TSO6: u64 = 1 << 12;
-const F_HOST_UFO: u64 = 1 << 14;
-const F_MRG_RXBUF: u64 = 1 << 15;
-
 /// A network card.
-#[derive(Debug)]
 pub struct NetOptions {
-    /// A tap opened with `IFF_TAP | IFF_NO_PI | IFF_VNET_HDR`.
-    pub tap: File,
+    /// The queues of a tap opened with `IFF_TAP | IFF_NO_PI | IFF_VNET_HDR`, and with
+    /// `IFF_MULTI_QUEUE` if there are more than one: 1 to [`MAX_PAIRS`].
+    pub taps: Vec<File>,
     /// The guest's address; without one the guest makes one up.
     pub mac: Option<[u8; 6]>,
     /// Largest packet in bytes, without the Ethernet header, that the guest should send.
@@ -71,6 +67,8 @@ pub struct NetOptions {
     pub rx_limits: LimiterOptions,
     /// What the guest may send.
     pub tx_limits: LimiterOptions,
+    /// The metadata service, if this card leads to it.
+    pub mmds: Option<Stack>,
 }
 
 /// Why a network card could not be made.
@@ -79,17 +77,21 @@ pub enum Error {
     /// The tap is none, or not opened as it must be.
     #[error("cannot use the tap: {0}")]
     Tap(#[source] io::Error),
+    /// There are too many queues, or none.
+    #[error("a network card has 1 to {MAX_PAIRS} queues of a tap, not {0}")]
+    Queues(usize),
 }
 
 /// The network card.
 pub struct Net {
-    tap: File,
+    taps: Vec<File>,
     mac: Option<[u8; 6]>,
     mtu: Option<u16>,
-    /// Whether the host's kernel takes large UDP packets.
-    ufo: bool,
+    /// What the host's kernel can do beyond [`ALWAYS`].
+    extra_features: u64,
     rx_limiter: RateLimiter,
     tx_limiter: RateLimiter,
+    detour: Option<Detour>,
     running: Option<Running>,
     pieces: IoVecBuffer,
 }
@@ -97,97 +99,108 @@ pub struct Net {
 struct Running {
     queues: Queues,
     io: DeviceIo,
-    /// Frames may be spread over several chains.
-    merge: bool,
-    frame: FrameBuffer,
+    /// One for each pair of queues.
+    receivers: Vec<Receiver>,
+    /// Index of the control queue, if the driver uses it.
+    control: Option<usize>,
+    /// Pairs in use: so many of the taps are watched.
+    pairs: usize,
 }
 
 impl Net {
-    /// A card on `tap`, which it makes non-blocking.
+    /// A card on a tap, which it makes non-blocking.
     ///
     /// # Errors
     /// When the tap is none or lacks a flag.
     pub fn new(options: NetOptions) -> Result<Self, Error> {
-        let NetOptions {
-            tap,
-            mac,
-            mtu,
-            rx_limits,
-            tx_limits,
-        } = options;
-        tap::prepare(&tap, HEADER_LEN as i32).map_err(Error::Tap)?;
+        let NetOptions { taps, mac, mtu, .. } = options;
+        let count = taps.len();
+        let Some(first) = taps.first().filter(|_| count <= MAX_PAIRS) else {
+            return Err(Error::Queues(count));
+        };
+        for tap in &taps {
+            tap::prepare(tap, HEADER_LEN as i32, count > 1).map_err(Error::Tap)?;
+        }
         let all = Offloads::CSUM.and(Offloads::TSO4).and(Offloads::TSO6);
-        let ufo = tap::set_offloads(&tap, all.and(Offloads::UFO)).is_ok();
-        // Nothing unfinished until a driver agreed to it.
-        tap::set_offloads(&tap, Offloads::default()).map_err(Error::Tap)?;
+        let can = |more| tap::set_offloads(first, all.and(more)).is_ok();
+        let extra = SOMETIMES.iter().filter(|(offloads, _)| can(*offloads));
+        let extra_features = extra.fold(0, |all, (_, features)| all | features);
+        // Nothing unfinished until a driver agreed to it, and one queue until it asks for more.
+        tap::set_offloads(first, Offloads::default()).map_err(Error::Tap)?;
+        for tap in taps.iter().skip(1) {
+            tap::use_queue(tap, false).map_err(Error::Tap)?;
+        }
         Ok(Self {
-            tap,
+            taps,
             mac,
             mtu,
-            ufo,
-            rx_limiter: RateLimiter::new(rx_limits),
-            tx_limiter: RateLimiter::new(tx_limits),
+            extra_features,
+            rx_limiter: RateLimiter::new(options.rx_limits),
+            tx_limiter: RateLimiter::new(options.tx_limits),
+            detour: options.mmds.map(Detour::new),
             running: None,
             pieces: IoVecBuffer::default(),
         })
     }
 
+    fn set_offloads(&self, offloads: Offloads) -> io::Result<()> {
+        // The tap's, whichever of its queues is asked.
+        let first = self.taps.first();
+        first.map_or(Ok(()), |tap| tap::set_offloads(tap, offloads))
+    }
+
     /// Starts, on a tap that is set up.
     fn run(&mut self, queues: Queues, features: u64, io: DeviceIo) -> Result<(), device::Error> {
-        self.drain();
-        // Edge-triggered: a frame that waits for room in the guest must not wake us for ever.
-        io.events
-            .watch(&self.tap, TAP, EventSet::IN | EventSet::EDGE_TRIGGERED)?;
+        if let Some(first) = self.taps.first() {
+            drain(first);
+            watch(&io.events, 0, first)?;
+        }
+        // Section 5.1.2: behind all pairs of the device, or of the one pair that the driver knows.
+        let control = match (features & F_CTRL_VQ != 0, features & F_MQ != 0) {
+            (false, _) => None,
+            (true, false) => Some(2),
+            (true, true) => Some(self.taps.len().saturating_mul(2)),
+        };
+        let merge = features & F_MRG_RXBUF != 0;
         self.running = Some(Running {
             queues,
             io,
-            merge: features & F_MRG_RXBUF != 0,
-            frame: FrameBuffer::new(),
+            receivers: self.taps.iter().map(|_| Receiver::new(merge)).collect(),
+            control,
+            pairs: 1,
         });
         Ok(())
     }
+}
 
-    /// Throws away what the tap has queued: it may be unfinished in a way that an earlier driver
-    /// agreed to and this one did not.
-    fn drain(&self) {
-        // A tap drops what does not fit.
-        let mut start = [0; 64];
-        for _ in 0..MAX_STALE {
-            match (&self.tap).read(&mut start) {
-                Ok(1..) => {}
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Ok(0) | Err(_) => break,
-            }
+fn watch(events: &Registrar, key: u32, tap: &File) -> Result<(), device::Error> {
+    // Edge-triggered: a frame that waits for room in the guest must not wake us for ever.
+    events.watch(tap, key, EventSet::IN | EventSet::EDGE_TRIGGERED)?;
+    Ok(())
+}
+
+/// Throws away what the tap has queued: it may be unfinished in a way that an earlier driver
+/// agreed to and this one did not.
+fn drain(mut tap: &File) {
+    // A tap drops what does not fit.
+    let mut start = [0; 64];
+    for _ in 0..MAX_STALE {
+        match tap.read(&mut start) {
+            Ok(1..) => {}
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Ok(0) | Err(_) => break,
         }
     }
 }
 
-/// What the tap may hand over unfinished, given what the driver accepted.
-fn offloads(features: u64) -> Offloads {
-    if features & F_GUEST_CSUM == 0 {
-        return Offloads::default();
-    }
-    [
-        (F_GUEST_TSO4, Offloads::TSO4),
-        (F_GUEST_TSO6, Offloads::TSO6),
-        (F_GUEST_UFO, Offloads::UFO),
-    ]
-    .into_iter()
-    .filter(|(bit, _)| features & bit != 0)
-    .fold(Offloads::CSUM, |all, (_, offload)| all.and(offload))
-}
-
 impl VirtioDevice for Net {
     fn traits(&self) -> Traits {
-        let mut features = F_CSUM
-            | F_GUEST_CSUM
-            | F_GUEST_TSO4
-            | F_GUEST_TSO6
-            | F_HOST_TSO4
-            | F_HOST_TSO6
-            | F_MRG_RXBUF;
-        if self.ufo {
-            features |= F_GUEST_UFO | F_HOST_UFO;
+        let pairs = self.taps.len();
+        let mut features = ALWAYS | self.extra_features;
+        let mut queues = pairs.saturating_mul(2);
+        if pairs > 1 {
+            features |= F_MQ | F_CTRL_VQ;
+            queues = queues.saturating_add(1);
         }
         if self.mac.is_some() {
             features |= F_MAC;
@@ -198,23 +211,27 @@ impl VirtioDevice for Net {
         Traits {
             device_type: DeviceType::Net,
             features,
-            queue_sizes: QUEUE_SIZES,
+            queue_sizes: QUEUE_SIZES.get(..queues).unwrap_or(QUEUE_SIZES),
         }
     }
 
-    /// struct virtio_net_config up to mtu (section 5.1.4); status and max_virtqueue_pairs belong to
-    /// features that are not offered.
+    /// struct virtio_net_config up to mtu (section 5.1.4); status belongs to a feature that is not
+    /// offered.
     fn config(&self) -> Arc<ConfigSpace> {
+        // At most `MAX_PAIRS`.
+        let pairs = self.taps.len() as u16;
         let config = [
             &self.mac.unwrap_or_default()[..],
-            &[0; 4],
+            &[0; 2],
+            &pairs.to_le_bytes(),
             &self.mtu.unwrap_or_default().to_le_bytes(),
         ];
         ConfigSpace::new(config.concat())
     }
 
     fn start(&mut self, queues: Queues, features: u64, io: DeviceIo) -> Result<(), device::Error> {
-        tap::set_offloads(&self.tap, offloads(features)).map_err(|source| device::Error::Host {
+        let set = self.set_offloads(offloads(features));
+        set.map_err(|source| device::Error::Host {
             what: "cannot set the tap's offloads",
             source,
         })?;
@@ -223,13 +240,28 @@ impl VirtioDevice for Net {
 
     /// A frame that was read from the tap and not yet delivered is lost, as frames may be.
     fn stop(&mut self) -> QueueStates {
-        let Some(running) = self.running.take() else {
+        let Some(mut running) = self.running.take() else {
             return QueueStates::default();
         };
-        running.io.events.unwatch(&self.tap);
+        running.set_pairs(&self.taps, 1);
+        if let Some(first) = self.taps.first() {
+            running.io.events.unwatch(first);
+        }
+        for (receiver, pair) in running
+            .receivers
+            .iter_mut()
+            .zip(running.queues.chunks_mut(2))
+        {
+            if let [Some(queue), ..] = pair {
+                receiver.stop(queue);
+            }
+        }
         // The host finishes the frames of the time without a driver.
-        if let Err(error) = tap::set_offloads(&self.tap, Offloads::default()) {
+        if let Err(error) = self.set_offloads(Offloads::default()) {
             debug!("net: the tap keeps its offloads: {error}");
+        }
+        if let Some(detour) = &mut self.detour {
+            detour.reset();
         }
         states(&running.queues)
     }
@@ -238,24 +270,71 @@ impl VirtioDevice for Net {
         let Some(running) = &mut self.running else {
             return Ok(Progress::Done);
         };
-        match event {
-            Event::Queue(TX) => running.transmit(&self.tap, &mut self.pieces, &mut self.tx_limiter),
-            Event::Queue(RX) | Event::Ready { .. } => {
-                running.receive(&self.tap, &mut self.rx_limiter)
+        let taps = &self.taps;
+        let mut detour = self.detour.as_mut();
+        let progress = match running.work(event) {
+            Work::Control => running.control(taps)?,
+            Work::Receive(pair) => {
+                // What the service says comes by the first pair, which every driver has.
+                let detour = detour.as_deref_mut().filter(|_| pair == 0);
+                running.receive(pair, taps.get(pair), &mut self.rx_limiter, detour)?
             }
-            Event::Queue(_) => Ok(Progress::Done),
+            Work::Send(pair) => {
+                let tap = taps.get(pair);
+                let (pieces, limiter) = (&mut self.pieces, &mut self.tx_limiter);
+                let sent = running.transmit(pair, tap, pieces, limiter, detour.as_deref_mut())?;
+                match detour.as_deref_mut() {
+                    Some(detour) if detour.frame().is_some() => {
+                        sent.or(running.receive(0, None, &mut self.rx_limiter, Some(detour))?)
+                    }
+                    _ => sent,
+                }
+            }
+        };
+        Ok(progress.or(detour.map_or(Progress::Done, Detour::tick)))
+    }
+
+    fn update(&mut self, update: Update) -> Result<Answer, UpdateError> {
+        match update {
+            Update::NetLimits { rx, tx } => {
+                self.rx_limiter.update(rx);
+                self.tx_limiter.update(tx);
+            }
+            other => return Err(UpdateError::NotThisDevice(other.name())),
         }
+        Ok(Answer::Done)
     }
 }
 
+/// What an event is about.
+enum Work {
+    Control,
+    /// A pair's way to the guest.
+    Receive(usize),
+    /// A pair's way to the host.
+    Send(usize),
+}
+
 impl Running {
+    fn work(&self, event: Event) -> Work {
+        match event {
+            Event::Queue(index) if self.control == Some(index.into()) => Work::Control,
+            Event::Queue(index) if index % 2 == 1 => Work::Send((index / 2).into()),
+            Event::Queue(index) => Work::Receive((index / 2).into()),
+            Event::Ready { key, .. } => Work::Receive(usize::try_from(key).unwrap_or(usize::MAX)),
+        }
+    }
+
     fn transmit(
         &mut self,
-        tap: &File,
+        pair: usize,
+        tap: Option<&File>,
         pieces: &mut IoVecBuffer,
         limiter: &mut RateLimiter,
+        mut detour: Option<&mut Detour>,
     ) -> Result<Progress, device::Error> {
-        let [_, Some(queue), ..] = &mut self.queues else {
+        let queue = self.queues.chunks_mut(2).nth(pair);
+        let (Some([_, Some(queue)]), Some(tap)) = (queue, tap) else {
             return Ok(Progress::Done);
         };
         let memory = &self.io.memory;
@@ -263,39 +342,61 @@ impl Running {
             if let Some(at) = limiter.wait() {
                 return Ok(Verdict::Later(at));
             }
-            send(tap, pieces, memory, chain);
-            limiter.spend(chain.readable_len().saturating_sub(HEADER_LEN as u64));
+            let len = chain.readable_len();
+            if len < MIN_PACKET as u64 || len > MAX_PACKET as u64 {
+                debug!("net: the guest sends {len} bytes, which is no frame");
+            } else if !detour
+                .as_deref_mut()
+                .is_some_and(|detour| detour.take(memory, chain, len))
+            {
+                send(tap, pieces, memory, chain);
+            }
+            limiter.spend(len.saturating_sub(HEADER_LEN as u64));
             Ok(Verdict::Used(0))
         })?;
         Ok(progress)
     }
 
-    /// Moves frames from the tap to the guest until either has no more.
-    ///
-    /// A frame that a rate limit holds back stays here, and those behind it in the tap.
+    /// Moves frames to the guest until it has no more room: the service's, then those of `tap`.
     fn receive(
         &mut self,
-        tap: &File,
+        pair: usize,
+        tap: Option<&File>,
         limiter: &mut RateLimiter,
+        mut detour: Option<&mut Detour>,
     ) -> Result<Progress, device::Error> {
-        let [Some(queue), ..] = &mut self.queues else {
+        let queue = self.queues.chunks_mut(2).nth(pair);
+        let receiver = self.receivers.get_mut(pair);
+        let (Some([Some(queue), ..]), Some(receiver)) = (queue, receiver) else {
             return Ok(Progress::Done);
         };
         let memory = &self.io.memory;
         let mut progress = Progress::More;
         for _ in 0..BUDGET {
-            if !self.frame.is_full() && !self.frame.fill(|buffer| (&*tap).read(buffer)) {
-                progress = Progress::Done;
-                break;
+            if receiver.waiting().is_none() {
+                if let Some(at) = limiter.wait() {
+                    progress = Progress::Later(at);
+                    break;
+                }
+                let service = detour.as_deref_mut();
+                let got = match (service.filter(|detour| detour.frame().is_some()), tap) {
+                    (Some(detour), _) => {
+                        receiver.put(detour.frame().unwrap_or_default());
+                        detour.sent();
+                        Read::Frame
+                    }
+                    (None, Some(tap)) => receiver.read(tap, queue, memory)?,
+                    (None, None) => Read::Empty,
+                };
+                // The driver rings when it has room, the tap when it has frames.
+                if got != Read::Frame {
+                    progress = Progress::Done;
+                    break;
+                }
             }
-            if let Some(at) = limiter.wait() {
-                progress = Progress::Later(at);
-                break;
-            }
-            let len = self.frame.len().saturating_sub(HEADER_LEN);
-            match self.frame.deliver(queue, memory, self.merge)? {
+            let len = receiver.waiting().unwrap_or(0);
+            match receiver.deliver(queue, memory)? {
                 Delivery::Gone => limiter.spend(len as u64),
-                // The driver will ring when it has room.
                 Delivery::NoRoom => {
                     progress = Progress::Done;
                     break;
@@ -305,16 +406,60 @@ impl Running {
         queue.signal(memory, self.io.signal.as_ref())?;
         Ok(progress)
     }
+
+    /// Serves the control queue.
+    fn control(&mut self, taps: &[File]) -> Result<Progress, device::Error> {
+        let Some(index) = self.control else {
+            return Ok(Progress::Done);
+        };
+        let Some(mut queue) = self.queues.get_mut(index).and_then(Option::take) else {
+            return Ok(Progress::Done);
+        };
+        let memory = self.io.memory.clone();
+        let signal = Arc::clone(&self.io.signal);
+        // At most `MAX_PAIRS`.
+        let most = taps.len() as u16;
+        let progress = queue.process(&memory, signal.as_ref(), COMMANDS, |chain| {
+            let set = |pairs: u16| self.set_pairs(taps, pairs.into());
+            control::serve(chain, &memory, most, set).map(Verdict::Used)
+        });
+        if let Some(place) = self.queues.get_mut(index) {
+            *place = Some(queue);
+        }
+        Ok(progress?)
+    }
+
+    /// Has the kernel spread the guest's frames over so many of the tap's queues; whether it does.
+    fn set_pairs(&mut self, taps: &[File], pairs: usize) -> bool {
+        while self.pairs > pairs {
+            self.pairs = self.pairs.saturating_sub(1);
+            if let Some(tap) = taps.get(self.pairs) {
+                self.io.events.unwatch(tap);
+                if let Err(error) = tap::use_queue(tap, false) {
+                    debug!("net: a queue of the tap stays in use: {error}");
+                }
+            }
+        }
+        for (key, tap) in (0..).zip(taps).take(pairs).skip(self.pairs) {
+            // In this order: an unused queue cannot be watched.
+            let used = tap::use_queue(tap, true);
+            if let Err(error) = used.map_err(|error| error.to_string()).and_then(|()| {
+                let watched = watch(&self.io.events, key, tap);
+                watched.map_err(|error| error.to_string())
+            }) {
+                debug!("net: a queue of the tap cannot be used: {error}");
+                return false;
+            }
+            self.pairs = self.pairs.saturating_add(1);
+        }
+        true
+    }
 }
 
 /// Sends a frame. One that the host does not take is lost, as frames may be: the driver's queue
 /// goes on.
 fn send(tap: &File, pieces: &mut IoVecBuffer, memory: &GuestMemory, chain: &Chain) {
     let len = chain.readable_len();
-    if len < MIN_PACKET as u64 || len > MAX_PACKET as u64 {
-        debug!("net: the guest sends {len} bytes, which is no frame");
-        return;
-    }
     let sent = pieces
         .fill(memory, chain.readable(), 0, len, Permissions::Read)
         .map_err(io::Error::other)

@@ -1,9 +1,14 @@
+use super::features::*;
 use super::*;
+use crate::virtio::device::EVENT_IDX;
 use crate::virtio::rate_limiter::BucketOptions;
 use crate::virtio::testing::{DATA, Rig};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
 use std::io::Write as _;
 use std::os::fd::AsRawFd as _;
+
+const RX: u16 = 0;
+const TX: u16 = 1;
 
 /// A card whose tap is one end of a socket that keeps frames apart.
 struct Fake(Net);
@@ -28,12 +33,13 @@ impl VirtioDevice for Fake {
 
 fn card(tap: File) -> Net {
     Net {
-        tap,
+        taps: vec![tap],
         mac: Some([2, 0, 0, 0, 0, 7]),
         mtu: Some(1400),
-        ufo: false,
+        extra_features: 0,
         rx_limiter: RateLimiter::default(),
         tx_limiter: RateLimiter::default(),
+        detour: None,
         running: None,
         pieces: IoVecBuffer::default(),
     }
@@ -212,28 +218,20 @@ fn offers_what_it_is_configured_for() {
     let (rig, _) = rig(0, 16);
     let features = rig.device.traits().features;
     assert_eq!(features & (F_MAC | F_MTU), F_MAC | F_MTU);
-    assert_eq!(features & (F_HOST_UFO | F_GUEST_UFO), 0);
+    assert_eq!(features & (F_HOST_UFO | F_GUEST_UFO | F_MQ | F_CTRL_VQ), 0);
     let config = rig.device.config().bytes();
-    assert_eq!(config, [2, 0, 0, 0, 0, 7, 0, 0, 0, 0, 0x78, 5]);
-    assert_eq!(
-        offloads(F_GUEST_TSO4),
-        Offloads::default(),
-        "needs checksums"
-    );
-    assert_eq!(
-        offloads(F_GUEST_CSUM | F_GUEST_TSO6),
-        Offloads::CSUM.and(Offloads::TSO6)
-    );
+    assert_eq!(config, [2, 0, 0, 0, 0, 7, 0, 0, 1, 0, 0x78, 5]);
 }
 
 #[test]
 fn what_is_no_tap_is_refused() {
     let options = NetOptions {
-        tap: File::open("/dev/null").unwrap(),
+        taps: vec![File::open("/dev/null").unwrap()],
         mac: None,
         mtu: None,
         rx_limits: LimiterOptions::default(),
         tx_limits: LimiterOptions::default(),
+        mmds: None,
     };
     assert!(matches!(Net::new(options), Err(Error::Tap(_))));
 }
@@ -248,14 +246,15 @@ fn a_real_tap_takes_every_offload() {
     }
     std::thread::spawn(|| {
         nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNET).unwrap();
-        assert!(tap::prepare(&tap::create("test0", 0), 12).is_err());
+        assert!(tap::prepare(&tap::create("test0", 0), 12, false).is_err());
         let tap = tap::create("test1", libc::IFF_VNET_HDR);
         let net = Net::new(NetOptions {
-            tap: tap.try_clone().unwrap(),
+            taps: vec![tap.try_clone().unwrap()],
             mac: None,
             mtu: None,
             rx_limits: LimiterOptions::default(),
             tx_limits: LimiterOptions::default(),
+            mmds: None,
         })
         .unwrap();
         assert_eq!(net.traits().features & F_MAC, 0);
@@ -271,6 +270,234 @@ fn a_real_tap_takes_every_offload() {
     })
     .join()
     .unwrap();
+}
+
+/// The kernel spreads frames over as many queues as the driver asks for, and over one before.
+#[test]
+fn the_driver_chooses_how_many_pairs_it_uses() {
+    if !nix::unistd::geteuid().is_root() {
+        eprintln!("not root: no tap can be made here");
+        return;
+    }
+    std::thread::spawn(|| {
+        nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNET).unwrap();
+        let flags = libc::IFF_VNET_HDR | libc::IFF_MULTI_QUEUE;
+        let taps: Vec<File> = (0..3).map(|_| tap::create("test2", flags)).collect();
+        let is_used = |tap: &File| tap::use_queue(tap, true).is_err();
+        let watches: Vec<File> = taps.iter().map(|tap| tap.try_clone().unwrap()).collect();
+        let card = |taps| NetOptions {
+            taps,
+            mac: None,
+            mtu: None,
+            rx_limits: LimiterOptions::default(),
+            tx_limits: LimiterOptions::default(),
+            mmds: None,
+        };
+        assert!(matches!(Net::new(card(Vec::new())), Err(Error::Queues(0))));
+        let net = Net::new(card(taps)).unwrap();
+        assert_eq!(net.traits().queue_sizes.len(), 7);
+        assert_eq!(net.config().bytes()[8..10], [3, 0]);
+        let mut rig = Rig::with(net, !EVENT_IDX, 16);
+        let mut pairs = |count: u16, class: u8| {
+            let command = [&[class, 0][..], &count.to_le_bytes()].concat();
+            rig.drivers[6].put(DATA, &command);
+            rig.drivers[6].add(&[(DATA, 2, false), (DATA + 2, 2, false), (DATA + 8, 1, true)]);
+            rig.kick(6);
+            assert!(rig.drivers[6].used().is_some_and(|(_, len)| len == 1));
+            rig.drivers[6].get(DATA + 8, 1)[0]
+        };
+        for (count, expected) in [
+            (3, 0),
+            (1, 0),
+            (2, 0),
+            (2, 0),
+            (3, 0),
+            (0, 1),
+            (4, 1),
+            (65535, 1),
+        ] {
+            assert_eq!(pairs(count, 4), expected, "{count}");
+        }
+        assert_eq!(pairs(1, 1), 1, "another class");
+        assert!(watches.iter().all(is_used));
+        assert_eq!(pairs(1, 4), 0);
+        assert!(!is_used(&watches[1]) && !is_used(&watches[2]));
+        // That took them into use: the card's own view of them is older, and it gets along.
+        assert_eq!(pairs(2, 4), 1);
+        rig.device.stop();
+        assert!(is_used(&watches[0]));
+    })
+    .join()
+    .unwrap();
+}
+
+#[test]
+fn the_control_queue_wants_room_for_its_answer() {
+    let memory = crate::virtio::testing::memory();
+    let mut driver = crate::virtio::testing::Driver::new(&memory, 0, 16);
+    let mut queue = driver.queue(16, false);
+    let mut chain = Chain::default();
+    let never = |_| panic!("nothing is set");
+    driver.add(&[(DATA, 3, false), (DATA + 8, 1, true)]);
+    assert!(queue.pop(&memory, &mut chain).unwrap());
+    assert_eq!(control::serve(&chain, &memory, 8, never), Ok(1));
+    assert_eq!(driver.get(DATA + 8, 1), [1]);
+    driver.add(&[(DATA, 4, false)]);
+    assert!(queue.pop(&memory, &mut chain).unwrap());
+    assert!(control::serve(&chain, &memory, 8, never).is_err());
+}
+
+/// A card that leads to a metadata service, and what a driver makes of it.
+fn with_service() -> (Rig<Fake>, File) {
+    let (mut card, tap) = socket();
+    let store = Arc::new(crate::mmds::Store::new(1000));
+    let service = crate::mmds::Service::new(crate::mmds::ServiceOptions {
+        store,
+        address: crate::mmds::DEFAULT_ADDRESS,
+        version: crate::mmds::Version::V1,
+        imds_compat: false,
+    });
+    let stack = Stack::new(Arc::new(service.unwrap()), 1500).unwrap();
+    card.detour = Some(Detour::new(stack));
+    (Rig::with(Fake(card), F_MRG_RXBUF, 16), tap)
+}
+
+/// An ARP request for an address, behind a header.
+fn who_has(address: [u8; 4]) -> Vec<u8> {
+    let sender = [2, 0, 0, 0, 0, 7];
+    let arp = [0, 1, 8, 0, 6, 4, 0, 1];
+    [
+        &[0; HEADER_LEN][..],
+        &[0xff; 6],
+        &sender,
+        &[8, 6],
+        &arp,
+        &sender,
+        &[10, 0, 0, 2],
+        &[0; 6],
+        &address,
+    ]
+    .concat()
+}
+
+#[test]
+fn frames_for_the_service_never_reach_the_tap() {
+    let (mut rig, mut peer) = with_service();
+    let ask = |rig: &mut Rig<Fake>, address| {
+        rig.drivers[1].put(DATA, &who_has(address));
+        rig.drivers[1].add(&[(DATA, 7, false), (DATA + 7, 47, false)]);
+        rig.kick(TX);
+        assert!(rig.drivers[1].used().is_some());
+    };
+    let mut data = [0; 200];
+    ask(&mut rig, [169, 254, 169, 253]);
+    assert_eq!(peer.read(&mut data).unwrap(), 54);
+    // No buffer yet: the answer waits, and frames of the tap wait behind it.
+    ask(&mut rig, [169, 254, 169, 254]);
+    assert!(peer.read(&mut data).is_err());
+    peer.write_all(&frame(60, 1)).unwrap();
+    rig.poll();
+    for i in 0..2 {
+        rig.drivers[0].add(&[(DATA + 0x1000 + i * 0x1000, 1000, true)]);
+    }
+    rig.kick(RX);
+    assert_eq!(rig.drivers[0].used(), Some((0, 54)));
+    let answer = rig.drivers[0].get(DATA + 0x1000, 54);
+    assert_eq!(answer[..12], [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0]);
+    assert_eq!(answer[12..18], [2, 0, 0, 0, 0, 7]);
+    assert_eq!(answer[24..26], [8, 6]);
+    assert_eq!(answer[33], 2, "a reply");
+    assert_eq!(answer[40..44], [169, 254, 169, 254]);
+    assert_eq!(rig.drivers[0].used(), Some((1, 72)));
+    // A reset forgets an answer that nobody took.
+    ask(&mut rig, [169, 254, 169, 254]);
+    let states = rig.device.stop();
+    rig.start(&states, F_MRG_RXBUF);
+    rig.drivers[0].add(&[(DATA, 1000, true)]);
+    rig.kick(RX);
+    assert_eq!(rig.drivers[0].used(), None);
+}
+
+#[test]
+fn the_service_s_frames_obey_the_limit_of_what_is_received() {
+    let (mut rig, _peer) = with_service();
+    rig.device.0.rx_limiter = bytes(30);
+    for i in 0..8 {
+        rig.drivers[0].add(&[(DATA + 0x1000 + i * 0x1000, 1000, true)]);
+    }
+    rig.drivers[1].put(DATA, &who_has([169, 254, 169, 254]));
+    for _ in 0..2 {
+        rig.drivers[1].add(&[(DATA, 54, false)]);
+    }
+    let progress = rig.device.handle(Event::Queue(TX)).unwrap();
+    assert!(matches!(progress, Progress::Later(_)), "{progress:?}");
+    assert_eq!(rig.drivers[0].used(), Some((0, 54)));
+    assert_eq!(rig.drivers[0].used(), None);
+    let free = BucketOptions {
+        size: 0,
+        one_time_burst: 0,
+        refill_time: std::time::Duration::ZERO,
+    };
+    let limits = LimiterOptions {
+        bandwidth: Some(free),
+        ops: None,
+    };
+    let update = Update::NetLimits {
+        rx: limits,
+        tx: LimiterOptions::default(),
+    };
+    assert_eq!(rig.device.0.update(update).unwrap(), Answer::Done);
+    rig.kick(TX);
+    assert_eq!(rig.drivers[0].used(), Some((1, 54)));
+    let other = Update::Limits(LimiterOptions::default());
+    assert!(rig.device.0.update(other).is_err(), "which direction?");
+}
+
+#[test]
+fn buffers_taken_in_advance_are_given_back() {
+    let (mut rig, mut peer) = rig(F_MRG_RXBUF, 16);
+    for i in 0..10 {
+        rig.drivers[0].add(&[(DATA + i * 0x1000, 500, true)]);
+    }
+    // A large frame makes room for another one ready.
+    for _ in 0..2 {
+        peer.write_all(&frame(1400, 1)).unwrap();
+    }
+    rig.poll();
+    let states = rig.device.stop();
+    assert_eq!(states[0].unwrap().next_available, 6);
+    assert_eq!(states[0].unwrap().next_used, 6);
+    rig.start(&states, F_MRG_RXBUF);
+    peer.write_all(&frame(60, 2)).unwrap();
+    rig.poll();
+    for i in 0..6 {
+        assert_eq!(rig.drivers[0].used().unwrap().0, i);
+    }
+    assert_eq!(rig.drivers[0].used(), Some((6, 72)));
+    assert_eq!(rig.drivers[0].get(DATA + 0x6000 + 12, 60), [2; 60]);
+}
+
+#[test]
+fn a_large_frame_spills_and_is_whole() {
+    let (mut rig, mut peer) = rig(F_MRG_RXBUF, 64);
+    // 2 KiB are got ready, so the rest of it comes by way of our own buffer; the second one directly.
+    for i in 0..30 {
+        rig.drivers[0].add(&[(DATA + i * 0x1000, 1500, true)]);
+    }
+    for fill in [3, 4] {
+        let mut large = frame(20_000, fill);
+        large[HEADER_LEN + 19_999] = 0xee;
+        peer.write_all(&large).unwrap();
+        rig.poll();
+        let mut bytes = Vec::new();
+        for _ in 0..14 {
+            let (head, len) = rig.drivers[0].used().unwrap();
+            bytes.extend(rig.drivers[0].get(DATA + u64::from(head) * 0x1000, len as usize));
+        }
+        large[10] = 14;
+        assert!(bytes == large, "{fill}");
+        assert_eq!(rig.drivers[0].used(), None);
+    }
 }
 
 /// So many bytes, once: the bucket fills again in an hour.

@@ -11,6 +11,7 @@ use vmm_sys_util::{ioctl_ior_nr, ioctl_iow_nr};
 const TUN: u32 = b'T' as u32;
 ioctl_iow_nr!(TUNSETOFFLOAD, TUN, 208, libc::c_uint);
 ioctl_ior_nr!(TUNGETIFF, TUN, 210, libc::c_uint);
+ioctl_iow_nr!(TUNSETQUEUE, TUN, 217, libc::c_int);
 ioctl_iow_nr!(TUNSETVNETHDRSZ, TUN, 216, libc::c_int);
 
 /// What the guest takes from us unfinished: checksums and large segments.
@@ -26,9 +27,15 @@ impl Offloads {
     pub const TSO6: Self = Self(4);
     /// UDP larger than the MTU.
     pub const UFO: Self = Self(16);
+    /// Large TCP packets may carry ECN marks.
+    pub const ECN: Self = Self(8);
+    /// UDP over IPv4 larger than the MTU, to be cut into datagrams.
+    pub const USO4: Self = Self(32);
+    /// The same over IPv6.
+    pub const USO6: Self = Self(64);
 
     /// Both.
-    pub fn and(self, other: Self) -> Self {
+    pub const fn and(self, other: Self) -> Self {
         Self(self.0 | other.0)
     }
 }
@@ -36,8 +43,9 @@ impl Offloads {
 /// Makes `tap` non-blocking and has it put a header of `header` bytes before each frame.
 ///
 /// # Errors
-/// When it is no tap, or lacks IFF_VNET_HDR or IFF_NO_PI; the frames would be misread.
-pub fn prepare(tap: &File, header: libc::c_int) -> io::Result<()> {
+/// When it is no tap, or lacks IFF_VNET_HDR or IFF_NO_PI, so that frames would be misread; or
+/// IFF_MULTI_QUEUE, if it is to be one of several queues.
+pub fn prepare(tap: &File, header: libc::c_int, one_of_several: bool) -> io::Result<()> {
     // SAFETY: all zeros is a valid ifreq, plain old data with no references.
     let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
     // SAFETY: TUNGETIFF writes an ifreq, which is what the reference is to.
@@ -48,8 +56,10 @@ pub fn prepare(tap: &File, header: libc::c_int) -> io::Result<()> {
         (libc::IFF_TAP, "IFF_TAP"),
         (libc::IFF_NO_PI, "IFF_NO_PI"),
         (libc::IFF_VNET_HDR, "IFF_VNET_HDR"),
+        (libc::IFF_MULTI_QUEUE, "IFF_MULTI_QUEUE"),
     ] {
-        if flags & flag == 0 {
+        let is_needed = flag != libc::IFF_MULTI_QUEUE || one_of_several;
+        if is_needed && flags & flag == 0 {
             return Err(io::Error::other(format!("it was opened without {name}")));
         }
     }
@@ -67,6 +77,25 @@ pub fn prepare(tap: &File, header: libc::c_int) -> io::Result<()> {
 pub fn set_offloads(tap: &File, offloads: Offloads) -> io::Result<()> {
     // SAFETY: TUNSETOFFLOAD takes its flags by value and touches no memory.
     check(unsafe { ioctl_with_val(tap, TUNSETOFFLOAD(), offloads.0.into()) })
+}
+
+/// Has the kernel use this queue of a tap that has several, or not. A descriptor whose queue is not
+/// used has no frames and cannot be watched.
+///
+/// # Errors
+/// When the tap has one queue only, or this one is as asked for already.
+pub fn use_queue(tap: &File, used: bool) -> io::Result<()> {
+    // SAFETY: all zeros is a valid ifreq, plain old data with no references.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    let flag = if used {
+        libc::IFF_ATTACH_QUEUE
+    } else {
+        libc::IFF_DETACH_QUEUE
+    };
+    // They fit: they are bits 9 and 10.
+    request.ifr_ifru.ifru_flags = flag as libc::c_short;
+    // SAFETY: TUNSETQUEUE reads an ifreq, which is what the reference is to.
+    check(unsafe { ioctl_with_ref(tap, TUNSETQUEUE(), &request) })
 }
 
 fn check(result: libc::c_int) -> io::Result<()> {
