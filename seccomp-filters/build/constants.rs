@@ -89,6 +89,7 @@ const IOCTLS: &[(&str, u64, u64, u64, u64)] = &[
     ("KVM_SET_SREGS", WRITE, KVM, 0x84, 312),
     ("KVM_SET_TSS_ADDR", NONE, KVM, 0x47, 0),
     ("KVM_SET_USER_MEMORY_REGION", WRITE, KVM, 0x46, 32),
+    ("KVM_SIGNAL_MSI", WRITE, KVM, 0xa5, 32),
     ("TUNGETIFF", READ, TUN, 210, 4),
     ("TUNSETOFFLOAD", WRITE, TUN, 208, 4),
     ("TUNSETQUEUE", WRITE, TUN, 217, 4),

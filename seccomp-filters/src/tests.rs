@@ -304,6 +304,22 @@ fn sealed_threads_use_rings_and_neither_make_nor_loosen_them() {
 }
 
 /// Not every host's KVM has the switch, so a machine that starts does not show it.
+/// Interrupts of PCI devices need no route: nobody may set one after the guest's first instruction.
+#[test]
+fn the_device_thread_alone_sends_messages_and_nobody_routes_interrupts() {
+    const KVM_SIGNAL_MSI: u64 = 0x4020_aea5;
+    const KVM_SET_GSI_ROUTING: u64 = 0x4008_ae6a;
+    const KVM_IRQFD: u64 = 0x4020_ae76;
+    const KVM_IOEVENTFD: u64 = 0x4040_ae79;
+    for role in Role::VMM {
+        let sends = allows(role, Stage::Sealed, "ioctl", &[9, KVM_SIGNAL_MSI]);
+        assert_eq!(sends, role == Role::Device, "{role:?}");
+        for request in [KVM_SET_GSI_ROUTING, KVM_IRQFD, KVM_IOEVENTFD] {
+            assert!(!allows(role, Stage::Sealed, "ioctl", &[9, request]));
+        }
+    }
+}
+
 #[test]
 fn setup_may_take_the_performance_counters_away() {
     const KVM_ENABLE_CAP: [u64; 2] = [9, 0x4068_aea3];

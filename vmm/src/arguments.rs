@@ -19,6 +19,7 @@ Runs one microVM. Its first serial port is standard input and output.
   --metadata FILE     what the metadata service shows at first, as JSON
   --mmds-size-limit N most bytes of metadata [51200]
   --id ID             its name: 1 to 64 letters, digits and hyphens [anonymous]
+  --enable-pci        virtio devices sit on a PCI bus, not in MMIO windows
   --handover-fd N     what the jailer opened (given by the jailer)
   --log-path FILE     append the log to FILE [standard error]
   --level LEVEL       error, warn, info, debug or trace [warn]
@@ -59,6 +60,8 @@ pub struct RunArguments {
     pub mmds_size_limit: usize,
     /// The machine's name.
     pub id: MachineId,
+    /// Whether virtio devices sit on a PCI bus.
+    pub enable_pci: bool,
     /// The jailer's table.
     pub handover_fd: Option<RawFd>,
     /// Where the log goes, if not to standard error.
@@ -127,7 +130,7 @@ where
     let (mut no_api, mut config_file, mut id) = (false, None, None);
     let (mut handover_fd, mut log_path, mut level) = (None, None, None);
     let (mut show_level, mut show_origin, mut module) = (false, false, None);
-    let (mut metrics_path, mut boot_timer) = (None, false);
+    let (mut metrics_path, mut boot_timer, mut enable_pci) = (None, false, false);
     let mut start_times = StartTimes::default();
     let (mut metadata, mut mmds_size_limit) = (None, None);
     while let Some(argument) = parser.next()? {
@@ -135,6 +138,7 @@ where
             Arg::Long("help") | Arg::Short('h') => return Ok(Arguments::Help),
             Arg::Long("version") | Arg::Short('V') => return Ok(Arguments::Version),
             Arg::Long("no-api") => no_api = true,
+            Arg::Long("enable-pci") => enable_pci = true,
             Arg::Long("show-level") => show_level = true,
             Arg::Long("show-log-origin") => show_origin = true,
             Arg::Long("boot-timer") => boot_timer = true,
@@ -213,6 +217,7 @@ where
             Some(id) => id,
             None => "anonymous".parse()?,
         },
+        enable_pci,
         handover_fd,
         log_path,
         logging: logging::Options {
@@ -277,6 +282,7 @@ mod tests {
         };
         assert_eq!(run.id.as_str(), "vm-1");
         assert_eq!(run.handover_fd, Some(5));
+        assert!(!run.enable_pci);
         assert_eq!(run.config_file, "config");
         assert_eq!(run.logging.level, LevelFilter::Debug);
         assert_eq!(parse(["--help"]).unwrap(), Arguments::Help);

@@ -19,6 +19,7 @@ pub mod machine;
 pub mod memory;
 pub mod metrics;
 pub mod mmds;
+pub mod pci;
 pub mod resources;
 #[cfg(test)]
 mod testing;

@@ -7,9 +7,8 @@ use std::thread::Builder;
 
 use log::{info, warn};
 use thiserror::Error;
-use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-use crate::boot::{self, GedInfo, MachineDescription, MmioDeviceInfo};
+use crate::boot::{self, GedInfo, MachineDescription};
 use crate::bus::{self, Bus};
 use crate::config::{CacheType, Config, Drive, IoEngine, RateLimiter};
 use crate::devices::boot_timer::{BootTimer, Moment};
@@ -28,17 +27,19 @@ use crate::mmds::Store;
 use crate::resources::{DriveFiles, Resources, VsockSockets};
 use crate::vcpu::{self, Buses, VcpuThread};
 use crate::virtio::rate_limiter::LimiterOptions;
-use crate::virtio::transport::mmio::{self, MmioTransport, QUEUE_NOTIFY};
+use crate::virtio::transport::mmio;
 use crate::virtio::{
     self, Balloon, Block, BlockOptions, DeviceWorker, Entropy, Net, VirtioDevice, Vsock,
     VsockOptions, balloon, block, net, vsock,
 };
 
+mod attached;
 mod command_line;
 mod console;
 mod network;
 pub mod vcpus;
 
+use attached::{Attached, OnMmio, OnPci};
 use command_line::command_line;
 pub use console::ConsolePanel;
 use vcpus::Vcpus;
@@ -89,7 +90,7 @@ pub enum Error {
     /// The balloon cannot be made.
     #[error(transparent)]
     Balloon(#[from] balloon::Error),
-    /// A virtio-mmio window could not be made.
+    /// A device's eventfds could not be made.
     #[error(transparent)]
     Transport(#[from] mmio::Error),
     /// The device thread's event loop could not be made.
@@ -109,8 +110,8 @@ pub enum Error {
         /// What the host said.
         source: io::Error,
     },
-    /// There is no window for a device. Configs are checked for it before.
-    #[error("no interrupt pin is left for a virtio device: remove some")]
+    /// There is no window, or no slot, for a device. Configs are checked for it before.
+    #[error("no interrupt pin and no PCI slot is left for a virtio device: remove some")]
     NoWindow,
 }
 
@@ -158,19 +159,13 @@ pub struct RunningMachine {
     _vm: Vm,
 }
 
-/// A virtio-mmio window.
-struct Window {
-    info: MmioDeviceInfo,
-    irq: EventFd,
-    transport: Arc<MmioTransport>,
-    device: Box<dyn VirtioDevice>,
-}
-
 /// What the command line adds to a machine.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Options {
     /// Whether there is a boot timer, and when it started.
     pub boot_timer: Option<Moment>,
+    /// Whether virtio devices sit on a PCI bus instead of in MMIO windows.
+    pub enable_pci: bool,
 }
 
 /// Builds the machine of `config`.
@@ -211,9 +206,13 @@ pub fn build(config: &Config, resources: Resources, options: Options) -> Result<
     devices.extend(panel.console.as_ref().map(ConsolePanel::device));
     let counting = devices.iter().filter_map(|device| device.metrics());
     panel.metrics.extend(counting);
-    let windows = windows(devices, &memory)?;
+    let devices = if options.enable_pci {
+        Attached::Pci(OnPci::attach(devices, &memory, vm.msi_port()?)?)
+    } else {
+        Attached::Mmio(OnMmio::attach(devices, &memory)?)
+    };
 
-    let description = describe(config, &windows);
+    let description = describe(config, &devices);
     let boot_args = command_line(config);
     let protocol = config.boot_source.protocol;
     let entry = boot::load(
@@ -236,27 +235,20 @@ pub fn build(config: &Config, resources: Resources, options: Options) -> Result<
         first.set_entry(&entry)?;
     }
 
-    let buses = Arc::new(buses(&panel, &windows, options)?);
+    let buses = Arc::new(buses(&panel, &devices, options)?);
     panel
         .metrics
         .push(Source::new("vcpu", buses.metrics.clone()));
     vm.register_irqfd(panel.serial.interrupt(), layout::COM1_GSI)?;
     vm.register_irqfd(panel.acpi.interrupt(), layout::GED_GSI)?;
-    for window in &windows {
-        vm.register_irqfd(&window.irq, window.info.gsi)?;
-    }
+    devices.bind_interrupts(&vm)?;
     // Last: from the first one on, changing a memslot waits for milliseconds.
-    for window in &windows {
-        let address = window.info.base.saturating_add(QUEUE_NOTIFY);
-        for (queue, notifier) in (0..).zip(window.transport.endpoint().notifiers()) {
-            vm.register_ioeventfd(notifier, address, queue)?;
-        }
-    }
+    devices.bind_doorbells(&vm)?;
     Ok(Machine {
         vm,
         vcpus,
         buses,
-        worker: worker(windows)?,
+        worker: devices.worker()?,
         panel,
     })
 }
@@ -350,42 +342,15 @@ fn limits(configured: Option<RateLimiter>) -> LimiterOptions {
     configured.map(Into::into).unwrap_or_default()
 }
 
-/// Gives each device a window and an interrupt pin.
-fn windows(
-    devices: Vec<Box<dyn VirtioDevice>>,
-    memory: &GuestMemory,
-) -> Result<Vec<Window>, Error> {
-    let mut bases = (layout::VIRTIO_MMIO_START..layout::IOAPIC_START)
-        .step_by(usize::try_from(layout::VIRTIO_MMIO_SIZE).unwrap_or(usize::MAX));
-    let mut gsis = layout::VIRTIO_GSIS;
-    devices
-        .into_iter()
-        .map(|device| {
-            let (base, gsi) = bases.next().zip(gsis.next()).ok_or(Error::NoWindow)?;
-            let irq = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(host("make an eventfd"))?;
-            let device_irq = irq.try_clone().map_err(host("share an eventfd"))?;
-            Ok(Window {
-                info: MmioDeviceInfo {
-                    base,
-                    size: layout::VIRTIO_MMIO_SIZE,
-                    gsi,
-                },
-                irq,
-                transport: MmioTransport::new(device.as_ref(), memory.clone(), device_irq)?,
-                device,
-            })
-        })
-        .collect()
-}
-
 /// What the ACPI tables say of the machine.
-fn describe(config: &Config, windows: &[Window]) -> MachineDescription {
+fn describe(config: &Config, devices: &Attached) -> MachineDescription {
     let machine = &config.machine_config;
     MachineDescription {
         vcpus: machine.vcpu_count,
         max_vcpus: machine.max_vcpus(),
         vcpu_hotplug: machine.max_vcpu_count.is_some(),
-        mmio_devices: windows.iter().map(|window| window.info).collect(),
+        mmio_devices: devices.windows(),
+        has_pci: matches!(devices, Attached::Pci(_)),
         has_com1: true,
         has_i8042: true,
         ged: GedInfo {
@@ -396,7 +361,7 @@ fn describe(config: &Config, windows: &[Window]) -> MachineDescription {
     }
 }
 
-fn buses(panel: &Panel, windows: &[Window], options: Options) -> Result<Buses, Error> {
+fn buses(panel: &Panel, devices: &Attached, options: Options) -> Result<Buses, Error> {
     let mut ports = Bus::new();
     let i8042 = Arc::new(I8042::new(Arc::clone(&panel.ends)));
     ports.insert(
@@ -418,29 +383,12 @@ fn buses(panel: &Panel, windows: &[Window], options: Options) -> Result<Buses, E
         let (start, size) = (layout::VCPU_REGISTERS_START, layout::VCPU_REGISTERS_SIZE);
         mmio.insert(start, size, vcpus.clone())?;
     }
-    for Window {
-        info, transport, ..
-    } in windows
-    {
-        mmio.insert(info.base, info.size, transport.clone())?;
-    }
+    devices.put_on(&mut mmio)?;
     Ok(Buses {
         ports,
         mmio,
         metrics: Arc::default(),
     })
-}
-
-/// What the device thread runs; none without devices.
-fn worker(windows: Vec<Window>) -> Result<Option<DeviceWorker>, Error> {
-    if windows.is_empty() {
-        return Ok(None);
-    }
-    let mut worker = DeviceWorker::new()?;
-    for window in windows {
-        worker.add(Arc::clone(window.transport.endpoint()), window.device)?;
-    }
-    Ok(Some(worker))
 }
 
 impl Machine {

@@ -98,6 +98,7 @@ fn run(arguments: &RunArguments) -> Result<End, Error> {
     }
     let options = machine::Options {
         boot_timer: arguments.boot_timer.then_some(start),
+        enable_pci: arguments.enable_pci,
     };
     let control = Control::new(reporter)?;
     let machine = machine::build(&config, resources, options)?;

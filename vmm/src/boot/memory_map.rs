@@ -20,7 +20,7 @@ pub(super) struct Entry {
 }
 
 /// The map, in the order of addresses, without overlaps.
-pub(super) fn memory_map(memory: &GuestMemory) -> Vec<Entry> {
+pub(super) fn memory_map(memory: &GuestMemory, has_pci: bool) -> Vec<Entry> {
     let mut map = Vec::new();
     for region in memory.iter() {
         let start = region.start_addr().raw_value();
@@ -37,7 +37,16 @@ pub(super) fn memory_map(memory: &GuestMemory) -> Vec<Entry> {
     let reset_vector = layout::RESET_VECTOR;
     add(&mut map, reset_vector, layout::HIGH_MEMORY_START, RESERVED);
     let (hole, hole_end) = (layout::MMIO_HOLE_START, layout::MMIO_HOLE_END);
-    add(&mut map, hole, hole_end, RESERVED);
+    if has_pci {
+        // Not the window of BARs: Linux gives no BAR an address that is reserved. The configuration
+        // space must be: Linux uses none that is not.
+        let window = layout::PCI_WINDOW_START;
+        let window_end = window.saturating_add(layout::PCI_WINDOW_SIZE);
+        add(&mut map, hole, window, RESERVED);
+        add(&mut map, window_end, hole_end, RESERVED);
+    } else {
+        add(&mut map, hole, hole_end, RESERVED);
+    }
     map.sort_by_key(|entry| entry.start);
     map
 }

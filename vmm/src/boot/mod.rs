@@ -78,6 +78,8 @@ pub struct MachineDescription {
     pub vcpu_hotplug: bool,
     /// Every virtio-mmio device in the order of the configuration.
     pub mmio_devices: Vec<MmioDeviceInfo>,
+    /// Whether there is a PCI bus, as in `layout`.
+    pub has_pci: bool,
     /// Whether there is a serial port at `layout::COM1_PORT`.
     pub has_com1: bool,
     /// Whether there is an i8042 at `layout::I8042_PORT`.
@@ -174,7 +176,7 @@ pub fn load(
     };
 
     let rsdp = acpi::write(memory, machine)?;
-    let map = memory_map::memory_map(memory);
+    let map = memory_map::memory_map(memory, machine.has_pci);
     cpu_tables::write(memory, protocol)?;
     reset_vector::write(memory)?;
     let mut state = EntryState {

@@ -43,6 +43,7 @@ pub(super) fn machine(devices: u32) -> MachineDescription {
         max_vcpus: 1,
         vcpu_hotplug: false,
         mmio_devices: (0..devices).map(device).collect(),
+        has_pci: false,
         has_com1: true,
         has_i8042: true,
         ged: GedInfo {

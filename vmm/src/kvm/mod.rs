@@ -17,7 +17,7 @@ use thiserror::Error;
 
 pub use kick::{install_kick_handler, kick_signal};
 pub use vcpu::{Access, Exit, Vcpu};
-pub use vm::Vm;
+pub use vm::{MsiPort, Vm};
 
 /// Why KVM could not do something.
 #[derive(Debug, Error)]
@@ -51,6 +51,9 @@ pub enum Error {
         /// Physical address bits.
         bits: u8,
     },
+    /// The kernel cannot send message-signalled interrupts.
+    #[error("KVM: this kernel sends no message-signalled interrupts: start without --enable-pci")]
+    NoMsi,
     /// A list for KVM is longer than it can be.
     #[error("KVM: too many entries in the {0} table")]
     TooManyEntries(&'static str),

@@ -2,10 +2,11 @@
 
 use std::fs::File;
 use std::os::fd::IntoRawFd;
+use std::sync::Arc;
 
 use kvm_bindings::{
     CpuId, KVM_CAP_PMU_CAPABILITY, KVM_PIT_SPEAKER_DUMMY, KVM_PMU_CAP_DISABLE, kvm_enable_cap,
-    kvm_pit_config, kvm_userspace_memory_region,
+    kvm_msi, kvm_pit_config, kvm_userspace_memory_region,
 };
 use kvm_ioctls::{Cap, IoEventAddress, Kvm, VmFd};
 use log::{debug, warn};
@@ -22,7 +23,7 @@ const API_VERSION: i32 = 12;
 /// A virtual machine.
 pub struct Vm {
     kvm: Kvm,
-    fd: VmFd,
+    fd: Arc<VmFd>,
     /// What the memslots point to: mapped as long as the machine can touch it.
     memory: Option<GuestMemory>,
 }
@@ -52,7 +53,7 @@ impl Vm {
         };
         Ok(Self {
             kvm,
-            fd,
+            fd: Arc::new(fd),
             memory: None,
         })
     }
@@ -195,8 +196,8 @@ impl Vm {
             .map_err(failed("bind an interrupt"))
     }
 
-    /// Makes a 32-bit write of `value` to `address` a write to `event` (KVM_IOEVENTFD), with no exit to
-    /// user space. To be called after everything else: it makes later memslot changes slow.
+    /// Makes a write of `value`, in its width, to `address` a write to `event` (KVM_IOEVENTFD), with no
+    /// exit to user space. To be called after everything else: it makes later memslot changes slow.
     ///
     /// # Errors
     /// When the kernel refuses.
@@ -204,10 +205,41 @@ impl Vm {
         &self,
         event: &EventFd,
         address: u64,
-        value: u32,
+        value: impl Into<u64>,
     ) -> Result<(), Error> {
         self.fd
             .register_ioevent(event, &IoEventAddress::Mmio(address), value)
             .map_err(failed("bind a doorbell"))
+    }
+
+    /// What sends message-signalled interrupts.
+    ///
+    /// # Errors
+    /// When this kernel's KVM cannot (before Linux 3.5).
+    pub fn msi_port(&self) -> Result<MsiPort, Error> {
+        if self.fd.check_extension(Cap::SignalMsi) {
+            Ok(MsiPort(Arc::clone(&self.fd)))
+        } else {
+            Err(Error::NoMsi)
+        }
+    }
+}
+
+/// Sends message-signalled interrupts (KVM_SIGNAL_MSI), with no route set up before.
+pub struct MsiPort(Arc<VmFd>);
+
+impl MsiPort {
+    /// Sends one to the local APIC that `address` names. It fails for an APIC that is not there, and is lost then
+    /// as it is on a wire.
+    pub fn send(&self, address: u64, data: u32) {
+        let sent = self.0.signal_msi(kvm_msi {
+            address_lo: address as u32,
+            address_hi: (address >> 32) as u32,
+            data,
+            ..Default::default()
+        });
+        if let Err(error) = sent {
+            debug!("KVM does not send {data:#x} to {address:#x}: {error}");
+        }
     }
 }

@@ -4,7 +4,9 @@
 //! 0x0000_0500  GDT, boot_params / start_info, page tables, command line   (boot only)
 //! 0x000a_0000  legacy hole; ACPI tables, generation id and clock page lie in 0xe_0000..0x10_0000
 //! 0x0010_0000  RAM, up to 3 GiB
-//! 0xc000_0000  MMIO hole: ACPI registers, virtio-mmio windows, I/O APIC, local APICs
+//! 0xc000_0000  MMIO hole: ACPI registers, virtio-mmio windows
+//! 0xe000_0000  MMIO hole: PCI configuration space and BARs (with PCI only)
+//! 0xfec0_0000  MMIO hole: I/O APIC, local APICs
 //! 0x1_0000_0000 RAM beyond 3 GiB
 //! ```
 
@@ -62,6 +64,17 @@ pub const VCPU_REGISTERS_SIZE: u64 = 0x10;
 pub const VIRTIO_MMIO_START: u64 = MMIO_HOLE_START + 0x1000;
 /// Size of a virtio-mmio window.
 pub const VIRTIO_MMIO_SIZE: u64 = 0x1000;
+/// Configuration space of PCI bus 0 (ECAM): 32 devices of 8 functions of 4 KiB.
+pub const PCI_ECAM_START: u64 = 0xe000_0000;
+/// Size of [`PCI_ECAM_START`]'s window.
+pub const PCI_ECAM_SIZE: u64 = 1 << 20;
+/// Where the host bridge forwards accesses to BARs. Device n's BAR starts out in the nth piece of
+/// [`PCI_BAR_SIZE`] bytes.
+pub const PCI_WINDOW_START: u64 = 0xe100_0000;
+/// Size of [`PCI_WINDOW_START`]'s window.
+pub const PCI_WINDOW_SIZE: u64 = 1 << 20;
+/// Size of every BAR.
+pub const PCI_BAR_SIZE: u64 = 0x4000;
 /// The in-kernel I/O APIC (24 pins).
 pub const IOAPIC_START: u64 = 0xfec0_0000;
 /// The local APICs.

@@ -100,12 +100,14 @@ pub enum Error {
 }
 
 /// How a device tells its driver that there is news. A transport makes an interrupt of it; a test
-/// counts.
+/// counts. Called on the device thread alone: a transport may do there what no vCPU thread may.
 pub trait Signal: Send + Sync {
     /// The used ring of `queue` has news that the driver wants to hear about.
     fn used(&self, queue: u16);
     /// The configuration space, or the status register by itself, has changed.
     fn config_changed(&self);
+    /// Sends what the driver did not let through before and does now.
+    fn flush(&self) {}
 }
 
 /// What became of a chain.

@@ -234,9 +234,10 @@ impl DeviceWorker {
         let Some(Some(slot)) = self.slots.get_mut(usize::from(index)) else {
             return;
         };
-        let Some(command) = slot.endpoint.mailbox().take() else {
-            return;
-        };
+        // Take the command first: that is what stops the doorbell.
+        let command = slot.endpoint.mailbox().take();
+        slot.endpoint.signal().flush();
+        let Some(command) = command else { return };
         let success = match command {
             Command::Start { features, queues } => {
                 match slot.start(index, features, &queues, &self.events) {
@@ -248,6 +249,7 @@ impl DeviceWorker {
                     }
                     Err(error) => {
                         slot.fail(index, &error);
+                        slot.endpoint.set_needs_reset();
                         false
                     }
                 }

@@ -8,7 +8,7 @@ use acpi_tables::aml::{
 use acpi_tables::sdt::Sdt;
 
 use super::events::{self, Handler};
-use super::{OEM_ID, OEM_REVISION, OEM_TABLE_ID, bytes, cpus, identity};
+use super::{OEM_ID, OEM_REVISION, OEM_TABLE_ID, bytes, cpus, identity, pci};
 use crate::boot::{Error, MachineDescription, MmioDeviceInfo};
 use crate::devices::acpi::Event;
 use crate::memory::layout;
@@ -27,6 +27,9 @@ pub(super) fn build(machine: &MachineDescription) -> Result<Vec<u8>, Error> {
     sleep_state(&mut body);
     for (index, device) in machine.mmio_devices.iter().enumerate() {
         virtio_mmio(&mut body, index, device)?;
+    }
+    if machine.has_pci {
+        pci::root_bridge(&mut body);
     }
     if machine.has_com1 {
         com1(&mut body);

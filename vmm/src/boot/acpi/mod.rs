@@ -5,6 +5,7 @@ mod cpus;
 mod dsdt;
 mod events;
 mod identity;
+mod pci;
 
 use acpi_tables::Aml;
 use acpi_tables::fadt::{FADTBuilder, Flags};
@@ -63,6 +64,9 @@ fn build(machine: &MachineDescription, start: u64) -> Result<Vec<u8>, Error> {
     let mut xsdt = XSDT::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION);
     xsdt.add_entry(fadt);
     xsdt.add_entry(madt);
+    if machine.has_pci {
+        xsdt.add_entry(blob.add(&pci::mcfg()));
+    }
     let xsdt = blob.add(&bytes(&xsdt));
     Ok(blob.finish(&bytes(&Rsdp::new(OEM_ID, xsdt))))
 }

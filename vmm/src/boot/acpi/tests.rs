@@ -246,3 +246,32 @@ fn tables_that_outgrow_their_place_are_refused() {
     let error = write(&memory, &machine).unwrap_err();
     assert!(matches!(error, Error::AcpiTooLarge { .. }), "{error}");
 }
+
+#[test]
+fn pci_is_named_where_it_is() {
+    let machine = MachineDescription {
+        has_pci: true,
+        ..machine(0)
+    };
+    let blob = build(&machine, START).unwrap();
+    let xsdt = table(&blob, long(&blob, 24));
+    assert_eq!(xsdt.len(), 36 + 3 * 8);
+    let mcfg = table(&blob, long(xsdt, 52));
+    assert_eq!((&mcfg[..4], mcfg.len()), (&b"MCFG"[..], 60));
+    assert_eq!(long(mcfg, 44), layout::PCI_ECAM_START);
+    assert_eq!(long(mcfg, 52), 0, "segment 0, bus 0 alone");
+    let fadt = table(&blob, long(xsdt, 36));
+    let dsdt = table(&blob, long(fadt, 140));
+    // EISA ids: PNP0A08 and PNP0A03.
+    assert_eq!(contains(dsdt, b"PCI0\x08_HID\x0c\x41\xd0\x0a\x08"), 1);
+    assert_eq!(contains(dsdt, b"\x08_CID\x0c\x41\xd0\x0a\x03"), 1);
+    let start = (layout::PCI_WINDOW_START as u32).to_le_bytes();
+    let size = (layout::PCI_WINDOW_SIZE as u32).to_le_bytes();
+    let end = (layout::PCI_WINDOW_START as u32 + layout::PCI_WINDOW_SIZE as u32 - 1).to_le_bytes();
+    let window = [&start[..], &end, &[0; 4], &size].concat();
+    assert_eq!(contains(dsdt, &window), 1);
+    assert_eq!(
+        contains(&tables(&super::super::testing::machine(0)).dsdt, b"PCI0"),
+        0
+    );
+}

@@ -126,6 +126,11 @@ impl Core {
         self.accepted
     }
 
+    /// How many queues there are.
+    pub fn queue_count(&self) -> u16 {
+        self.traits.queue_sizes.len() as u16
+    }
+
     /// Whether the device was started.
     pub fn is_started(&self) -> bool {
         self.status & status::DRIVER_OK != 0
@@ -175,6 +180,11 @@ impl Core {
         self.device_features_select = page;
     }
 
+    /// What [`Core::select_device_features`] chose.
+    pub fn device_features_select(&self) -> u32 {
+        self.device_features_select
+    }
+
     /// 32 of the features that the device offers.
     pub fn device_features(&self) -> u32 {
         match self.device_features_select {
@@ -187,6 +197,20 @@ impl Core {
     /// Chooses which 32 feature bits [`Core::accept_features`] sets.
     pub fn select_driver_features(&mut self, page: u32) {
         self.driver_features_select = page;
+    }
+
+    /// What [`Core::select_driver_features`] chose.
+    pub fn driver_features_select(&self) -> u32 {
+        self.driver_features_select
+    }
+
+    /// 32 of the features that the driver accepted.
+    pub fn driver_features(&self) -> u32 {
+        match self.driver_features_select {
+            0 => self.accepted as u32,
+            1 => (self.accepted >> 32) as u32,
+            _ => 0,
+        }
     }
 
     /// Sets 32 of the features that the driver accepts; too late after FEATURES_OK.
@@ -204,6 +228,11 @@ impl Core {
     /// Chooses the queue that the queue registers are about.
     pub fn select_queue(&mut self, index: u32) {
         self.queue_select = index;
+    }
+
+    /// What [`Core::select_queue`] chose.
+    pub fn queue_select(&self) -> u32 {
+        self.queue_select
     }
 
     fn queue(&self) -> Option<&QueueConfig> {
@@ -226,6 +255,20 @@ impl Core {
     /// Largest size of the selected queue; zero when there is no such queue.
     pub fn queue_max_size(&self) -> u16 {
         self.queue().map_or(0, |queue| queue.max_size)
+    }
+
+    /// Size of the selected queue as it is now.
+    pub fn queue_size(&self) -> u16 {
+        self.queue().map_or(0, |queue| queue.state.size)
+    }
+
+    /// An address of the selected queue.
+    pub fn queue_address(&self, area: Area) -> u64 {
+        self.queue().map_or(0, |queue| match area {
+            Area::Descriptors => queue.state.descriptors,
+            Area::Driver => queue.state.available,
+            Area::Device => queue.state.used,
+        })
     }
 
     /// Whether the selected queue is ready.

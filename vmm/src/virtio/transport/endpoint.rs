@@ -30,9 +30,38 @@ pub enum Command {
     Stop,
 }
 
+/// The eventfds of an endpoint. They can be made before the device is there, while descriptors may be
+/// made, and outlive it: another device may have them next.
+pub struct Doorbells {
+    notifiers: Vec<EventFd>,
+    commands: Arc<EventFd>,
+}
+
+impl Doorbells {
+    /// For a device of `queues` queues at most.
+    ///
+    /// # Errors
+    /// When the kernel gives no eventfd.
+    pub fn new(queues: usize) -> io::Result<Arc<Self>> {
+        let make = || EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC);
+        let notifiers = (0..queues).map(|_| make()).collect::<Result<_, _>>()?;
+        Ok(Arc::new(Self {
+            notifiers,
+            commands: Arc::new(make()?),
+        }))
+    }
+
+    /// The doorbell of each queue, in order.
+    pub fn notifiers(&self) -> &[EventFd] {
+        &self.notifiers
+    }
+}
+
 /// The doorbells, the interrupt and the mailbox of one device.
 pub struct Endpoint {
-    notifiers: Vec<EventFd>,
+    doorbells: Arc<Doorbells>,
+    /// How many of the doorbells are for queues that the device has.
+    queues: usize,
     mailbox: Mailbox<Command, bool>,
     memory: GuestMemory,
     signal: Arc<dyn Signal>,
@@ -49,29 +78,37 @@ impl Endpoint {
         memory: GuestMemory,
         signal: Arc<dyn Signal>,
     ) -> io::Result<Arc<Self>> {
-        let notifiers = traits
-            .queue_sizes
-            .iter()
-            .map(|_| EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC))
-            .collect::<Result<_, _>>()?;
-        Ok(Arc::new(Self {
-            notifiers,
-            mailbox: Mailbox::new()?,
+        let doorbells = Doorbells::new(traits.queue_sizes.len())?;
+        Ok(Self::with_doorbells(traits, doorbells, memory, signal))
+    }
+
+    /// The same, with doorbells that are there already. A queue beyond them cannot be rung.
+    pub fn with_doorbells(
+        traits: Traits,
+        doorbells: Arc<Doorbells>,
+        memory: GuestMemory,
+        signal: Arc<dyn Signal>,
+    ) -> Arc<Self> {
+        Arc::new(Self {
+            queues: traits.queue_sizes.len(),
+            mailbox: Mailbox::with_doorbell(Arc::clone(&doorbells.commands)),
+            doorbells,
             memory,
             signal,
             needs_reset: AtomicBool::new(false),
-        }))
+        })
     }
 
     /// The doorbell of each queue, in order.
     pub fn notifiers(&self) -> &[EventFd] {
-        &self.notifiers
+        let all = self.doorbells.notifiers();
+        all.get(..self.queues).unwrap_or(all)
     }
 
     /// Rings the doorbell of `queue`, as an ioeventfd does with no exit.
     pub fn notify(&self, queue: u32) {
         let queue = usize::try_from(queue).ok();
-        if let Some(notifier) = queue.and_then(|queue| self.notifiers.get(queue)) {
+        if let Some(notifier) = queue.and_then(|queue| self.notifiers().get(queue)) {
             // It fails only if the counter is full; then the doorbell rings already.
             let _ = notifier.write(1);
         }
@@ -97,7 +134,8 @@ impl Endpoint {
         self.needs_reset.load(Ordering::SeqCst)
     }
 
-    /// Sets NEEDS_RESET and tells the driver by a configuration interrupt (section 2.1.2).
+    /// Sets NEEDS_RESET and tells the driver by a configuration interrupt (section 2.1.2). On the
+    /// device thread only, as every interrupt.
     pub fn set_needs_reset(&self) {
         self.needs_reset.store(true, Ordering::SeqCst);
         self.signal.config_changed();
@@ -126,8 +164,9 @@ impl Endpoint {
                     features: core.accepted_features(),
                     queues: core.queue_states(),
                 };
-                if self.mailbox.ask(command) != Some(true) {
-                    self.set_needs_reset();
+                // A device that does not start says so itself; without a device thread nobody does.
+                if self.mailbox.ask(command).is_none() {
+                    self.needs_reset.store(true, Ordering::SeqCst);
                 }
                 false
             }

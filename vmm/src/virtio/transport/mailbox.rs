@@ -4,7 +4,7 @@
 
 use std::io;
 use std::mem;
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
@@ -23,7 +23,7 @@ enum Slot<C, A> {
 pub struct Mailbox<C, A> {
     slot: Mutex<Slot<C, A>>,
     answered: Condvar,
-    doorbell: EventFd,
+    doorbell: Arc<EventFd>,
 }
 
 impl<C, A> Mailbox<C, A> {
@@ -32,16 +32,28 @@ impl<C, A> Mailbox<C, A> {
     /// # Errors
     /// When the kernel gives no eventfd.
     pub fn new() -> io::Result<Self> {
-        Ok(Self {
+        let doorbell = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
+        Ok(Self::with_doorbell(Arc::new(doorbell)))
+    }
+
+    /// An empty mailbox whose doorbell is there already.
+    pub fn with_doorbell(doorbell: Arc<EventFd>) -> Self {
+        Self {
             slot: Mutex::new(Slot::Empty),
             answered: Condvar::new(),
-            doorbell: EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?,
-        })
+            doorbell,
+        }
     }
 
     /// Readable when a command waits.
     pub fn doorbell(&self) -> &EventFd {
         &self.doorbell
+    }
+
+    /// Wakes the one who takes commands, though there is none.
+    pub fn ring(&self) {
+        // It fails only if the counter is full; then the doorbell rings already.
+        let _ = self.doorbell.write(1);
     }
 
     fn lock(&self) -> MutexGuard<'_, Slot<C, A>> {
@@ -55,8 +67,7 @@ impl<C, A> Mailbox<C, A> {
             return None;
         }
         *slot = Slot::Asked(command);
-        // It fails only if the counter is full; then the doorbell rings already.
-        let _ = self.doorbell.write(1);
+        self.ring();
         loop {
             match mem::replace(&mut *slot, Slot::Empty) {
                 Slot::Answered(answer) => return Some(answer),

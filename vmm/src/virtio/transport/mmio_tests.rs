@@ -1,53 +1,10 @@
 use super::*;
-use crate::virtio::chain::Chain;
-use crate::virtio::device::{self, DeviceIo, DeviceType, Event, Queues, Traits, states};
-use crate::virtio::queue::{Progress, QueueStates, Verdict};
 use crate::virtio::testing::{DATA, Driver, NEXT, memory};
+use crate::virtio::transport::testing::Echo;
 use crate::virtio::worker::DeviceWorker;
 use proptest::prelude::*;
 use std::sync::atomic::AtomicUsize;
 use vmm_sys_util::eventfd::EFD_NONBLOCK;
-
-/// Counts its starts and stops, and completes what it is given.
-#[derive(Default)]
-struct Echo {
-    running: Option<(Queues, DeviceIo)>,
-    starts: Arc<AtomicUsize>,
-    stops: Arc<AtomicUsize>,
-}
-
-impl VirtioDevice for Echo {
-    fn traits(&self) -> Traits {
-        Traits {
-            device_type: DeviceType::Entropy,
-            features: 0,
-            queue_sizes: &[16],
-        }
-    }
-    fn config(&self) -> Arc<ConfigSpace> {
-        ConfigSpace::new(vec![1, 2, 3, 4, 5])
-    }
-    fn start(&mut self, queues: Queues, _: u64, io: DeviceIo) -> Result<(), device::Error> {
-        assert!(self.running.is_none());
-        self.starts.fetch_add(1, Ordering::SeqCst);
-        self.running = Some((queues, io));
-        Ok(())
-    }
-    fn stop(&mut self) -> QueueStates {
-        self.stops.fetch_add(1, Ordering::SeqCst);
-        self.running
-            .take()
-            .map(|(queues, _)| states(&queues))
-            .unwrap_or_default()
-    }
-    fn handle(&mut self, _: Event) -> Result<Progress, device::Error> {
-        let ([Some(queue), ..], io) = self.running.as_mut().unwrap() else {
-            return Ok(Progress::Done);
-        };
-        let done = |_: &Chain| Ok(Verdict::Used(0));
-        Ok(queue.process(&io.memory, io.signal.as_ref(), 4, done)?)
-    }
-}
 
 struct Machine {
     transport: Arc<MmioTransport>,

@@ -4,3 +4,7 @@ pub mod core;
 pub mod endpoint;
 pub mod mailbox;
 pub mod mmio;
+pub mod pci;
+
+#[cfg(test)]
+mod testing;

@@ -1,0 +1,198 @@
+//! How virtio devices are attached to the machine: by MMIO windows, or to a PCI bus.
+
+use std::sync::Arc;
+
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+
+use super::{Error, host};
+use crate::boot::MmioDeviceInfo;
+use crate::bus::{self, Bus};
+use crate::event_loop;
+use crate::kvm::{self, MsiPort, Vm};
+use crate::memory::{GuestMemory, layout};
+use crate::pci::bus::{BarWindow, Ecam};
+use crate::pci::{PciBus, SLOTS};
+use crate::virtio::transport::endpoint::{Doorbells, Endpoint};
+use crate::virtio::transport::mmio::{MmioTransport, QUEUE_NOTIFY};
+use crate::virtio::transport::pci::msix::MsiSender;
+use crate::virtio::transport::pci::{self, PciTransport};
+use crate::virtio::{DeviceWorker, VirtioDevice};
+
+impl MsiSender for MsiPort {
+    fn send(&self, address: u64, data: u32) {
+        MsiPort::send(self, address, data);
+    }
+}
+
+/// All virtio devices, one way or the other.
+pub(super) enum Attached {
+    Mmio(OnMmio),
+    Pci(OnPci),
+}
+
+impl Attached {
+    /// What ACPI tells of the windows.
+    pub(super) fn windows(&self) -> Vec<MmioDeviceInfo> {
+        match self {
+            Self::Mmio(devices) => devices.0.iter().map(|window| window.info).collect(),
+            Self::Pci(_) => Vec::new(),
+        }
+    }
+
+    /// Lets the devices answer the guest's accesses.
+    pub(super) fn put_on(&self, mmio: &mut Bus) -> Result<(), bus::Error> {
+        match self {
+            Self::Mmio(devices) => devices.0.iter().try_for_each(|window| {
+                let (base, size) = (window.info.base, window.info.size);
+                mmio.insert(base, size, window.transport.clone())
+            }),
+            Self::Pci(devices) => {
+                let ecam = Arc::new(Ecam(Arc::clone(&devices.bus)));
+                mmio.insert(layout::PCI_ECAM_START, layout::PCI_ECAM_SIZE, ecam)?;
+                let bars = Arc::new(BarWindow(Arc::clone(&devices.bus)));
+                mmio.insert(layout::PCI_WINDOW_START, layout::PCI_WINDOW_SIZE, bars)
+            }
+        }
+    }
+
+    /// Makes the devices' eventfds interrupts. On PCI there are none: interrupts are messages.
+    pub(super) fn bind_interrupts(&self, vm: &Vm) -> Result<(), kvm::Error> {
+        match self {
+            Self::Mmio(devices) => devices
+                .0
+                .iter()
+                .try_for_each(|window| vm.register_irqfd(&window.irq, window.info.gsi)),
+            Self::Pci(_) => Ok(()),
+        }
+    }
+
+    /// Makes the guest's notifications writes to the devices' eventfds.
+    pub(super) fn bind_doorbells(&self, vm: &Vm) -> Result<(), kvm::Error> {
+        match self {
+            Self::Mmio(devices) => devices.0.iter().try_for_each(|window| {
+                let address = window.info.base.saturating_add(QUEUE_NOTIFY);
+                let mut doorbells = (0_u32..).zip(window.transport.endpoint().notifiers());
+                doorbells.try_for_each(|(queue, doorbell)| {
+                    vm.register_ioeventfd(doorbell, address, queue)
+                })
+            }),
+            Self::Pci(devices) => devices.slots.iter().try_for_each(|slot| {
+                let addresses = (pci::doorbells(slot.number)..).step_by(pci::DOORBELL_SIZE);
+                let doorbells = slot.doorbells.notifiers().iter();
+                let mut doorbells = (0_u16..).zip(addresses.zip(doorbells));
+                doorbells.try_for_each(|(queue, (address, doorbell))| {
+                    vm.register_ioeventfd(doorbell, address, queue)
+                })
+            }),
+        }
+    }
+
+    /// What the device thread runs; none without devices.
+    pub(super) fn worker(self) -> Result<Option<DeviceWorker>, event_loop::Error> {
+        let devices: Vec<_> = match self {
+            Self::Mmio(devices) => devices.0.into_iter().map(Window::into_device).collect(),
+            Self::Pci(devices) => devices.devices,
+        };
+        if devices.is_empty() {
+            return Ok(None);
+        }
+        let mut worker = DeviceWorker::new()?;
+        for (endpoint, device) in devices {
+            worker.add(endpoint, device)?;
+        }
+        Ok(Some(worker))
+    }
+}
+
+type Device = (Arc<Endpoint>, Box<dyn VirtioDevice>);
+
+/// Devices with a window and an interrupt pin each.
+pub(super) struct OnMmio(Vec<Window>);
+
+struct Window {
+    info: MmioDeviceInfo,
+    irq: EventFd,
+    transport: Arc<MmioTransport>,
+    device: Box<dyn VirtioDevice>,
+}
+
+impl Window {
+    fn into_device(self) -> Device {
+        (Arc::clone(self.transport.endpoint()), self.device)
+    }
+}
+
+impl OnMmio {
+    /// Gives each device a window and an interrupt pin.
+    pub(super) fn attach(
+        devices: Vec<Box<dyn VirtioDevice>>,
+        memory: &GuestMemory,
+    ) -> Result<Self, Error> {
+        let mut bases = (layout::VIRTIO_MMIO_START..layout::PCI_ECAM_START)
+            .step_by(usize::try_from(layout::VIRTIO_MMIO_SIZE).unwrap_or(usize::MAX));
+        let mut gsis = layout::VIRTIO_GSIS;
+        let windows = devices.into_iter().map(|device| {
+            let (base, gsi) = bases.next().zip(gsis.next()).ok_or(Error::NoWindow)?;
+            let irq = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(host("make an eventfd"))?;
+            let device_irq = irq.try_clone().map_err(host("share an eventfd"))?;
+            Ok(Window {
+                info: MmioDeviceInfo {
+                    base,
+                    size: layout::VIRTIO_MMIO_SIZE,
+                    gsi,
+                },
+                irq,
+                transport: MmioTransport::new(device.as_ref(), memory.clone(), device_irq)?,
+                device,
+            })
+        });
+        Ok(Self(windows.collect::<Result<_, Error>>()?))
+    }
+}
+
+/// Devices on a PCI bus.
+pub(super) struct OnPci {
+    bus: Arc<PciBus>,
+    slots: Vec<Slot>,
+    devices: Vec<Device>,
+}
+
+/// A place on the bus, and the doorbells of whatever is in it.
+struct Slot {
+    number: usize,
+    doorbells: Arc<Doorbells>,
+}
+
+impl OnPci {
+    /// Gives each device a slot, from the first behind the host bridge.
+    pub(super) fn attach(
+        devices: Vec<Box<dyn VirtioDevice>>,
+        memory: &GuestMemory,
+        msi: MsiPort,
+    ) -> Result<Self, Error> {
+        let msi: Arc<dyn MsiSender> = Arc::new(msi);
+        let mut attached = Self {
+            bus: Arc::new(PciBus::new()),
+            slots: Vec::new(),
+            devices: Vec::new(),
+        };
+        let mut numbers = 1..SLOTS;
+        for device in devices {
+            let number = numbers.next().ok_or(Error::NoWindow)?;
+            let doorbells = Doorbells::new(device.traits().queue_sizes.len())
+                .map_err(host("make an eventfd"))?;
+            let transport = PciTransport::new(
+                device.as_ref(),
+                memory.clone(),
+                number,
+                Arc::clone(&doorbells),
+                Arc::clone(&msi),
+            );
+            let endpoint = Arc::clone(transport.endpoint());
+            attached.bus.insert(number, transport);
+            attached.slots.push(Slot { number, doorbells });
+            attached.devices.push((endpoint, device));
+        }
+        Ok(attached)
+    }
+}
