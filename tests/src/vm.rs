@@ -81,6 +81,12 @@ impl Vm {
         }
     }
 
+    /// With the virtio devices on a PCI bus instead of in MMIO windows.
+    #[must_use]
+    pub fn pci(self) -> Self {
+        self.vmm_arg("--enable-pci")
+    }
+
     /// Without the jailer: the VMM opens its own files.
     #[must_use]
     pub fn unjailed(mut self) -> Self {

@@ -42,7 +42,26 @@ pub fn write32(address: u64, value: u32) {
     unsafe { (address as *mut u32).write_volatile(value) }
 }
 
-fn write8(address: u64, value: u8) {
+/// Reads two bytes of a register.
+pub fn read16(address: u64) -> u16 {
+    // SAFETY: as in `read32`.
+    unsafe { (address as *const u16).read_volatile() }
+}
+
+/// Writes two bytes of a register.
+pub fn write16(address: u64, value: u16) {
+    // SAFETY: as in `read32`.
+    unsafe { (address as *mut u16).write_volatile(value) }
+}
+
+/// Reads a byte of a register.
+pub fn read8(address: u64) -> u8 {
+    // SAFETY: as in `read32`.
+    unsafe { (address as *const u8).read_volatile() }
+}
+
+/// Writes a byte of a register.
+pub fn write8(address: u64, value: u8) {
     // SAFETY: as in `read32`.
     unsafe { (address as *mut u8).write_volatile(value) }
 }

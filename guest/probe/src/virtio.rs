@@ -1,34 +1,58 @@
-//! Just enough of a virtio-mmio driver (virtio 1.2, section 4.2), by polling.
+//! Just enough of a virtio driver (virtio 1.2, sections 2 and 3), by polling.
+
+mod mmio;
+mod pci;
 
 use core::sync::atomic::{Ordering, fence};
 
 use crate::cmdline::Cmdline;
-use crate::machine::{read32, wait_for, write32};
+use crate::machine::{read32, wait_for, write16, write32};
+use mmio::Mmio;
+use pci::Pci;
 
-/// Register offsets (virtio 1.2, table 4.1).
-mod reg {
-    pub const MAGIC: u64 = 0x00;
-    pub const VERSION: u64 = 0x04;
-    pub const DEVICE_ID: u64 = 0x08;
-    pub const DEVICE_FEATURES: u64 = 0x10;
-    pub const DEVICE_FEATURES_SEL: u64 = 0x14;
-    pub const DRIVER_FEATURES: u64 = 0x20;
-    pub const DRIVER_FEATURES_SEL: u64 = 0x24;
-    pub const QUEUE_SEL: u64 = 0x30;
-    pub const QUEUE_NUM_MAX: u64 = 0x34;
-    pub const QUEUE_NUM: u64 = 0x38;
-    pub const QUEUE_READY: u64 = 0x44;
-    pub const QUEUE_NOTIFY: u64 = 0x50;
-    pub const INTERRUPT_STATUS: u64 = 0x60;
-    pub const INTERRUPT_ACK: u64 = 0x64;
-    pub const STATUS: u64 = 0x70;
-    pub const QUEUE_DESC: u64 = 0x80;
-    pub const QUEUE_DRIVER: u64 = 0x90;
-    pub const QUEUE_DEVICE: u64 = 0xa0;
-    pub const CONFIG: u64 = 0x100;
+/// How a device is reached.
+trait Transport {
+    /// The status register.
+    fn status(&self) -> u32;
+    /// Writes it.
+    fn set_status(&self, status: u32);
+    /// 32 of the features that the device offers.
+    fn features(&self, half: u32) -> u32;
+    /// Accepts 32 features.
+    fn accept(&self, half: u32, features: u32);
+    /// Largest size of queue `index`; zero if there is none.
+    fn queue_max(&self, index: u32) -> usize;
+    /// Makes queue `index` ready, with its three areas. Where it is rung, unless the device refused it.
+    fn set_up_queue(&self, index: u32, size: u32, areas: [u64; 3]) -> Option<Doorbell>;
+    /// Takes the interrupts that came: bit 0 for queues, bit 1 for the configuration.
+    fn take_interrupts(&self) -> u32;
+    /// Where the device's configuration space is.
+    fn config(&self) -> u64;
 }
 
-const MAGIC: u32 = 0x7472_6976;
+/// Where a queue is rung with its index.
+#[derive(Clone, Copy)]
+enum Doorbell {
+    Wide(u64),
+    Narrow(u64),
+}
+
+enum AnyTransport {
+    Mmio(Mmio),
+    Pci(Pci),
+}
+
+impl core::ops::Deref for AnyTransport {
+    type Target = dyn Transport;
+
+    fn deref(&self) -> &Self::Target {
+        match self {
+            Self::Mmio(transport) => transport,
+            Self::Pci(transport) => transport,
+        }
+    }
+}
+
 const ACKNOWLEDGE: u32 = 1;
 const DRIVER: u32 = 2;
 const DRIVER_OK: u32 = 4;
@@ -113,41 +137,39 @@ impl Buffer {
 
 /// A device whose driver is this program.
 pub struct Device {
-    base: u64,
+    transport: AnyTransport,
 }
 
 impl Device {
-    /// The `index`th device of type `id` among those on the command line, reset and with the
-    /// features `wanted` (of those that it offers) accepted; `finish` makes it live.
+    /// The `index`th device of type `id`, reset and with the features `wanted` (of those that it offers)
+    /// accepted; `finish` makes it live. Devices are in the windows on the command line or, without any there,
+    /// on the PCI bus.
     pub fn find(
         cmdline: &Cmdline,
         id: u32,
         index: usize,
         wanted: u64,
     ) -> Result<Self, &'static str> {
-        let base = cmdline
-            .virtio_windows()
-            .filter(|&base| {
-                read32(base + reg::MAGIC) == MAGIC
-                    && read32(base + reg::VERSION) == 2
-                    && read32(base + reg::DEVICE_ID) == id
-            })
-            .nth(index)
-            .ok_or("no such device on the command line")?;
-        let device = Self { base };
-        device.set(reg::STATUS, 0);
-        wait_for(|| device.get(reg::STATUS) == 0)?;
-        device.set(reg::STATUS, ACKNOWLEDGE | DRIVER);
+        let transport = if cmdline.virtio_windows().next().is_some() {
+            Mmio::find(cmdline, id, index).map(AnyTransport::Mmio)
+        } else {
+            Pci::find(id, index).map(AnyTransport::Pci)
+        };
+        let transport = transport.ok_or("no such device on the command line or the PCI bus")?;
+        transport.set_status(0);
+        wait_for(|| transport.status() == 0)?;
+        transport.set_status(ACKNOWLEDGE | DRIVER);
+        let device = Self { transport };
         let accepted = device.features() & (wanted | VERSION_1);
         if accepted & VERSION_1 == 0 {
             return Err("the device does not offer VERSION_1");
         }
+        let transport = &device.transport;
         for half in 0..2 {
-            device.set(reg::DRIVER_FEATURES_SEL, half);
-            device.set(reg::DRIVER_FEATURES, (accepted >> (32 * half)) as u32);
+            transport.accept(half, (accepted >> (32 * half)) as u32);
         }
-        device.set(reg::STATUS, ACKNOWLEDGE | DRIVER | FEATURES_OK);
-        if device.get(reg::STATUS) & FEATURES_OK == 0 {
+        transport.set_status(ACKNOWLEDGE | DRIVER | FEATURES_OK);
+        if transport.status() & FEATURES_OK == 0 {
             return Err("the device refused the features");
         }
         Ok(device)
@@ -155,45 +177,29 @@ impl Device {
 
     /// The features that the device offers.
     pub fn features(&self) -> u64 {
-        self.set(reg::DEVICE_FEATURES_SEL, 0);
-        let low = self.get(reg::DEVICE_FEATURES);
-        self.set(reg::DEVICE_FEATURES_SEL, 1);
-        u64::from(self.get(reg::DEVICE_FEATURES)) << 32 | u64::from(low)
+        u64::from(self.transport.features(1)) << 32 | u64::from(self.transport.features(0))
     }
 
     /// Sets up virtqueue `index` on the `slot`th ring memory.
     pub fn queue(&self, index: u32, slot: usize) -> Result<Queue, &'static str> {
-        self.set(reg::QUEUE_SEL, index);
-        if (self.get(reg::QUEUE_NUM_MAX) as usize) < RING {
+        if self.transport.queue_max(index) < RING {
             return Err("the queue is missing or too small");
         }
         // SAFETY: single-threaded, and each slot is used by one queue.
         let memory = unsafe { (&raw mut RING_MEMORY).cast::<RingMemory>().add(slot) };
         // SAFETY: as above; a fresh ring.
-        let (desc, avail, used) = unsafe {
+        let areas = unsafe {
             memory.write(EMPTY);
-            (
+            [
                 &raw const (*memory).descriptors as u64,
                 &raw const (*memory).avail_flags as u64,
                 &raw const (*memory).used as u64,
-            )
+            ]
         };
-        self.set(reg::QUEUE_NUM, RING as u32);
-        for (register, address) in [
-            (reg::QUEUE_DESC, desc),
-            (reg::QUEUE_DRIVER, avail),
-            (reg::QUEUE_DEVICE, used),
-        ] {
-            self.set(register, address as u32);
-            self.set(register + 4, (address >> 32) as u32);
-        }
-        self.set(reg::QUEUE_READY, 1);
-        if self.get(reg::QUEUE_READY) != 1 {
-            return Err("the device refused the queue");
-        }
+        let doorbell = self.transport.set_up_queue(index, RING as u32, areas);
         Ok(Queue {
             memory,
-            notify: self.base + reg::QUEUE_NOTIFY,
+            doorbell: doorbell.ok_or("the device refused the queue")?,
             index,
             next: 0,
             seen: 0,
@@ -203,50 +209,40 @@ impl Device {
     /// The driver is ready: the device goes live.
     pub fn finish(&self) -> Result<(), &'static str> {
         let live = ACKNOWLEDGE | DRIVER | FEATURES_OK | DRIVER_OK;
-        self.set(reg::STATUS, live);
-        if self.get(reg::STATUS) == live {
+        self.transport.set_status(live);
+        if self.transport.status() == live {
             Ok(())
         } else {
             Err("the device did not go live")
         }
     }
 
-    /// Takes and acknowledges the pending interrupt bits.
+    /// Takes the interrupts that came: bit 0 for queues, bit 1 for the configuration.
     pub fn take_interrupts(&self) -> u32 {
-        let bits = self.get(reg::INTERRUPT_STATUS);
-        self.set(reg::INTERRUPT_ACK, bits);
-        bits
+        self.transport.take_interrupts()
     }
 
     /// A byte of the device's configuration space.
     pub fn config8(&self, offset: u64) -> u8 {
         // SAFETY: within the device's window.
-        unsafe { ((self.base + reg::CONFIG + offset) as *const u8).read_volatile() }
+        unsafe { ((self.transport.config() + offset) as *const u8).read_volatile() }
     }
 
     /// A word of the device's configuration space.
     pub fn config32(&self, offset: u64) -> u32 {
-        self.get(reg::CONFIG + offset)
+        read32(self.transport.config() + offset)
     }
 
     /// Writes a word of the device's configuration space.
     pub fn set_config32(&self, offset: u64, value: u32) {
-        self.set(reg::CONFIG + offset, value);
-    }
-
-    fn get(&self, register: u64) -> u32 {
-        read32(self.base + register)
-    }
-
-    fn set(&self, register: u64, value: u32) {
-        write32(self.base + register, value);
+        write32(self.transport.config() + offset, value);
     }
 }
 
 /// One virtqueue. A chain lives in the descriptors from its slot on.
 pub struct Queue {
     memory: *mut RingMemory,
-    notify: u64,
+    doorbell: Doorbell,
     index: u32,
     next: u16,
     seen: u16,
@@ -287,7 +283,10 @@ impl Queue {
 
     /// Tells the device to look.
     pub fn kick(&self) {
-        write32(self.notify, self.index);
+        match self.doorbell {
+            Doorbell::Wide(address) => write32(address, self.index),
+            Doorbell::Narrow(address) => write16(address, self.index as u16),
+        }
     }
 
     /// The next chain that the device is done with: its head and the bytes written.

@@ -1,5 +1,6 @@
 //! virtio-block against the probe's driver.
 
+use super::probe;
 use casemate_tests::{Vm, bin, exit, pattern_disk, pattern_word};
 use nix::sys::signal::Signal;
 
@@ -7,7 +8,7 @@ const SECTORS: u64 = 2048 + 3;
 
 #[test]
 fn reads_what_the_file_holds() {
-    let vm = Vm::probe("probe.task=blk");
+    let vm = probe("probe.task=blk");
     let disk = vm.path("disk");
     pattern_disk(&disk, SECTORS).unwrap();
     let done = vm.drive("data", &disk, true).run().unwrap();
@@ -20,7 +21,7 @@ fn reads_what_the_file_holds() {
 
 #[test]
 fn notices_a_sector_that_differs() {
-    let vm = Vm::probe("probe.task=blk");
+    let vm = probe("probe.task=blk");
     let disk = vm.path("disk");
     pattern_disk(&disk, SECTORS).unwrap();
     let mut bytes = std::fs::read(&disk).unwrap();
@@ -35,7 +36,7 @@ fn writes_and_reads_back() {
     let dir = tempfile::tempdir().unwrap();
     let disk = dir.path().join("disk");
     pattern_disk(&disk, 64).unwrap();
-    let done = Vm::probe("probe.task=blk probe.write=1")
+    let done = probe("probe.task=blk probe.write=1")
         .drive("data", &disk, false)
         .run()
         .unwrap();
@@ -56,7 +57,7 @@ fn a_read_only_drive_takes_no_writes() {
     let disk = dir.path().join("disk");
     pattern_disk(&disk, 64).unwrap();
     let before = std::fs::read(&disk).unwrap();
-    let done = Vm::probe("probe.task=blk probe.write=1")
+    let done = probe("probe.task=blk probe.write=1")
         .drive("data", &disk, true)
         .run()
         .unwrap();
@@ -66,7 +67,7 @@ fn a_read_only_drive_takes_no_writes() {
 
 #[test]
 fn several_drives_keep_apart() {
-    let mut vm = Vm::probe("probe.task=blk probe.drive=2");
+    let mut vm = probe("probe.task=blk probe.drive=2");
     for name in ["a", "b", "c"] {
         let disk = vm.path(name);
         if name == "c" {
@@ -88,7 +89,7 @@ fn gives_sectors_back_to_the_host() {
         let disk = dir.path().join("disk");
         pattern_disk(&disk, 64).unwrap();
         let mut before = std::fs::read(&disk).unwrap();
-        let mut vm = Vm::probe("probe.task=blk probe.discard=1").drive("data", &disk, false);
+        let mut vm = probe("probe.task=blk probe.discard=1").drive("data", &disk, false);
         if !jailed {
             vm = vm.unjailed();
         }
@@ -103,7 +104,7 @@ fn a_drive_that_shall_keep_its_blocks_takes_no_discard() {
     let dir = tempfile::tempdir().unwrap();
     let disk = dir.path().join("disk");
     pattern_disk(&disk, 64).unwrap();
-    let done = Vm::probe("probe.task=blk probe.discard=1")
+    let done = probe("probe.task=blk probe.discard=1")
         .drive("data", &disk, false)
         .set("/drives/0/discard", serde_json::json!(false))
         .run()
@@ -150,7 +151,7 @@ fn an_image_has_one_writer_or_many_readers() {
 #[test]
 fn a_rate_limit_slows_a_drive_down() {
     let run = |limiter| {
-        let vm = Vm::probe("probe.task=blk");
+        let vm = probe("probe.task=blk");
         let disk = vm.path("disk");
         pattern_disk(&disk, SECTORS).unwrap();
         let began = std::time::Instant::now();

@@ -3,7 +3,8 @@
 use std::fs::File;
 use std::os::fd::{AsRawFd, OwnedFd};
 
-use casemate_tests::{Netns, Vm};
+use super::probe;
+use casemate_tests::Netns;
 use nix::ifaddrs::getifaddrs;
 use nix::sched::{CloneFlags, setns};
 use nix::sys::socket::{
@@ -69,7 +70,7 @@ fn receive(socket: &OwnedFd) -> Vec<u8> {
 fn frames_come_back() {
     for jailed in [true, false] {
         let netns = Netns::with_tap(None);
-        let mut vm = Vm::probe("probe.task=net probe.count=3").net("tap0", MAC);
+        let mut vm = probe("probe.task=net probe.count=3").net("tap0", MAC);
         if jailed {
             vm = vm.jailer_arg("--netns").jailer_arg(&netns.path());
         } else {

@@ -7,7 +7,8 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::time::Duration;
 
-use casemate_tests::{Finished, Running, Vm};
+use super::probe;
+use casemate_tests::{Finished, Running};
 
 fn connect(path: &Path, port: u32) -> (UnixStream, String) {
     let mut stream = UnixStream::connect(path).unwrap();
@@ -56,7 +57,7 @@ fn megabyte() -> Vec<u8> {
 #[test]
 fn the_host_connects_and_a_megabyte_comes_back() {
     for jailed in [false, true] {
-        let mut vm = Vm::probe("probe.task=vsock probe.port=52").vsock();
+        let mut vm = probe("probe.task=vsock probe.port=52").vsock();
         if !jailed {
             vm = vm.unjailed();
         }
@@ -74,7 +75,7 @@ fn the_host_connects_and_a_megabyte_comes_back() {
 
 #[test]
 fn a_port_without_a_listener_closes_the_connection() {
-    let vm = Vm::probe("probe.task=vsock probe.port=52").vsock();
+    let vm = probe("probe.task=vsock probe.port=52").vsock();
     let path = vm.vsock_path();
     let vm = vm.start().unwrap();
     vm.wait_for_line("probe: listening on 52").unwrap();
@@ -87,7 +88,7 @@ fn a_port_without_a_listener_closes_the_connection() {
 
 #[test]
 fn peers_that_vanish_in_the_handshake_do_no_harm() {
-    let vm = Vm::probe("probe.task=vsock probe.port=52").vsock();
+    let vm = probe("probe.task=vsock probe.port=52").vsock();
     let path = vm.vsock_path();
     let vm = vm.start().unwrap();
     vm.wait_for_line("probe: listening on 52").unwrap();
@@ -119,7 +120,7 @@ fn peers_that_vanish_in_the_handshake_do_no_harm() {
 
 #[test]
 fn bytes_behind_the_newline_of_the_handshake_arrive() {
-    let vm = Vm::probe("probe.task=vsock probe.port=52").vsock();
+    let vm = probe("probe.task=vsock probe.port=52").vsock();
     let path = vm.vsock_path();
     let vm = vm.start().unwrap();
     vm.wait_for_line("probe: listening on 52").unwrap();
@@ -139,7 +140,7 @@ fn bytes_behind_the_newline_of_the_handshake_arrive() {
 #[test]
 fn the_guest_connects_through_the_broker() {
     for jailed in [false, true] {
-        let mut vm = Vm::probe("probe.task=vsock-connect probe.port=1024").vsock();
+        let mut vm = probe("probe.task=vsock-connect probe.port=1024").vsock();
         if !jailed {
             vm = vm.unjailed();
         }
@@ -161,7 +162,7 @@ fn the_guest_connects_through_the_broker() {
 
 #[test]
 fn the_guest_is_refused_where_nobody_listens() {
-    let vm = Vm::probe("probe.task=vsock-connect probe.port=1024").vsock();
+    let vm = probe("probe.task=vsock-connect probe.port=1024").vsock();
     let done = vm.run().unwrap();
     done.assert_line("probe: vsock-connect FAIL: the host refused the connection");
 }
