@@ -141,6 +141,23 @@ impl Vm {
         self
     }
 
+    /// Adds persistent memory.
+    #[must_use]
+    pub fn pmem(mut self, id: &str, path: &Path, read_only: bool) -> Self {
+        let path = path.to_string_lossy().into_owned();
+        self.push(
+            "pmem",
+            json!({ "id": id, "path_on_host": path, "read_only": read_only }),
+        );
+        let grant = if read_only {
+            "--grant-ro"
+        } else {
+            "--grant-rw"
+        };
+        self.grants.push((grant, path));
+        self
+    }
+
     /// Adds a network interface on the tap `tap`.
     #[must_use]
     pub fn net(mut self, tap: &str, mac: &str) -> Self {

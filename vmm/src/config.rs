@@ -218,7 +218,6 @@ impl Config {
                 .as_ref()
                 .and_then(MemoryHotplug::unsupported),
             self.metrics.as_ref().and_then(Metrics::unsupported),
-            self.pmem.iter().find_map(Pmem::unsupported),
             self.serial.as_ref().and_then(Serial::unsupported),
             self.machine_config.unsupported(),
             self.drives.iter().find_map(Drive::unsupported),
@@ -251,6 +250,7 @@ impl Config {
         for pmem in &self.pmem {
             check_id("pmem", "pmem[].id", &pmem.id, &mut ids)?;
             pmem.check()?;
+            check_unshared("pmem[].path_on_host", &pmem.path_on_host, &mut paths)?;
         }
         ids.clear();
         for network in &self.network_interfaces {

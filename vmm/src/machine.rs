@@ -26,6 +26,7 @@ use crate::metrics::Source;
 use crate::mmds::Store;
 use crate::resources::{DriveFiles, Resources, VsockSockets};
 use crate::vcpu::{self, Buses, VcpuThread};
+use crate::virtio::pmem::PmemFile;
 use crate::virtio::rate_limiter::LimiterOptions;
 use crate::virtio::transport::mmio;
 use crate::virtio::{
@@ -37,11 +38,13 @@ mod attached;
 mod command_line;
 mod console;
 mod network;
+mod pmem;
 pub mod vcpus;
 
 use attached::{Attached, OnMmio, OnPci};
 use command_line::command_line;
 pub use console::ConsolePanel;
+pub use pmem::explain;
 use vcpus::Vcpus;
 
 /// Why a machine was not started.
@@ -90,6 +93,9 @@ pub enum Error {
     /// The balloon cannot be made.
     #[error(transparent)]
     Balloon(#[from] balloon::Error),
+    /// Persistent memory cannot be used.
+    #[error(transparent)]
+    Pmem(#[from] virtio::pmem::Error),
     /// A device's eventfds could not be made.
     #[error(transparent)]
     Transport(#[from] mmio::Error),
@@ -144,6 +150,8 @@ pub struct Panel {
     pub clock: ClockPage,
     /// What the metadata service shows.
     pub metadata: Arc<Store>,
+    /// The files in the guest's address space.
+    pub pmem: Vec<Arc<PmemFile>>,
     /// Where the machine's end is announced.
     pub ends: Arc<EndSignal>,
     /// What the machine counts.
@@ -178,6 +186,7 @@ pub fn build(config: &Config, resources: Resources, options: Options) -> Result<
         kernel,
         initrd,
         drives,
+        pmem,
         taps,
         vsock,
         metadata,
@@ -189,7 +198,9 @@ pub fn build(config: &Config, resources: Resources, options: Options) -> Result<
     let mut vm = Vm::new(kvm)?;
     let cpuid = MachineCpuid::new(&vm.supported_cpuid()?, max_vcpus, vm.has_tsc_deadline());
     let memory = memory::allocate(config.memory_size())?;
-    vm.set_memory(&memory, cpuid.physical_address_bits())?;
+    let address_bits = cpuid.physical_address_bits();
+    vm.set_memory(&memory, address_bits)?;
+    let pmem = pmem::add(&config.pmem, pmem, &mut vm, &memory, address_bits)?;
     vm.create_irqchip(pit)?;
     vm.disable_pmu();
 
@@ -203,6 +214,10 @@ pub fn build(config: &Config, resources: Resources, options: Options) -> Result<
     let mut panel = panel(config, &memory, ends, metadata)?;
     let cards = network::cards(config, taps, &panel.metadata)?;
     let mut devices = virtio_devices(config, drives, cards, vsock)?;
+    for device in pmem {
+        panel.pmem.push(Arc::clone(device.file()));
+        devices.push(Box::new(device));
+    }
     devices.extend(panel.console.as_ref().map(ConsolePanel::device));
     let counting = devices.iter().filter_map(|device| device.metrics());
     panel.metrics.extend(counting);
@@ -277,6 +292,7 @@ fn panel(
         vcpus: vcpus.transpose()?,
         metadata,
         ends,
+        pmem: Vec::new(),
         metrics: Vec::new(),
     })
 }

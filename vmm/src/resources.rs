@@ -101,6 +101,8 @@ pub struct Resources {
     pub initrd: Option<File>,
     /// One for each of [`Config::drives_in_order`].
     pub drives: Vec<DriveFiles>,
+    /// One for each of the config's persistent memory devices.
+    pub pmem: Vec<File>,
     /// The queues of a tap for each of the config's network interfaces.
     pub taps: Vec<Vec<File>>,
     /// The vsock device's.
@@ -240,6 +242,9 @@ impl Source {
         let drives = config.drives_in_order();
         let drives = drives.map(|drive| self.drive(drive));
         let drives = drives.collect::<Result<_, _>>()?;
+        let pmem = config.pmem.iter();
+        let pmem = pmem.map(|pmem| self.file("pmem", &pmem.path_on_host, !pmem.read_only));
+        let pmem = pmem.collect::<Result<_, _>>()?;
         let taps = config.network_interfaces.iter();
         let taps = taps.map(|network| self.taps(&network.host_dev_name, network.queues));
         let taps = taps.collect::<Result<_, _>>()?;
@@ -260,6 +265,7 @@ impl Source {
             kernel,
             initrd,
             drives,
+            pmem,
             taps,
             vsock,
             metadata: Arc::new(Store::new(mmds::DEFAULT_LIMIT)),

@@ -121,7 +121,7 @@ idt_pointer:
     .fill 64, 8, 0
 ring0_stack_top:
 
-# Identity map of 4 GiB in 2 MiB pages, open to ring 3. Accessed and dirty are set
+# Identity map of 5 GiB (memory of devices begins at the fourth) in 2 MiB pages, open to ring 3. Accessed and dirty are set
 # beforehand, so that the walk never has to write them.
 .align 4096
 pml4:
@@ -132,10 +132,11 @@ pdpt:
     .quad IMAGE + (pd - start64) + 0x1027
     .quad IMAGE + (pd - start64) + 0x2027
     .quad IMAGE + (pd - start64) + 0x3027
-    .fill 508, 8, 0
+    .quad IMAGE + (pd - start64) + 0x4027
+    .fill 507, 8, 0
 pd:
     .set address, 0
-    .rept 2048
+    .rept 2560
     .quad address + 0xe7
     .set address, address + 0x200000
     .endr

@@ -222,6 +222,16 @@ impl Device {
         self.transport.take_interrupts()
     }
 
+    /// What the status register says.
+    pub fn status(&self) -> u32 {
+        self.get(reg::STATUS)
+    }
+
+    /// A number of eight bytes in the device's configuration space.
+    pub fn config64(&self, offset: u64) -> u64 {
+        u64::from(self.config32(offset)) | u64::from(self.config32(offset + 4)) << 32
+    }
+
     /// A byte of the device's configuration space.
     pub fn config8(&self, offset: u64) -> u8 {
         // SAFETY: within the device's window.

@@ -11,6 +11,7 @@ mod ending;
 mod entropy;
 mod net;
 mod pci;
+mod pmem;
 mod runtime;
 mod vsock;
 

@@ -26,9 +26,4 @@ impl Pmem {
     pub(super) fn check(&self) -> Result<(), Error> {
         check_path("pmem[].path_on_host", &self.path_on_host)
     }
-
-    /// What of it this VMM does not do yet.
-    pub(super) fn unsupported(&self) -> Option<&'static str> {
-        Some("pmem")
-    }
 }

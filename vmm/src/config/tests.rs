@@ -170,7 +170,6 @@ fn names_what_is_not_supported_yet() {
         (r#","cpu-config":{}"#, "`cpu-config`"),
         (r#","logger":{}"#, "`logger`"),
         (r#","metrics":{"metrics_path":"/m"}"#, "`metrics`"),
-        (r#","pmem":[{"id":"a","path_on_host":"/a"}]"#, "`pmem`"),
         (r#","serial":{}"#, "`serial`"),
         (
             r#","memory-hotplug":{"total_size_mib":128}"#,

@@ -5,6 +5,7 @@ mod console;
 
 use std::io;
 use std::os::fd::AsRawFd;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use log::info;
@@ -14,7 +15,7 @@ use thiserror::Error;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 use crate::ending::End;
-use crate::machine::{Machine, Panel, RunningMachine};
+use crate::machine::{Machine, Panel, RunningMachine, explain};
 use crate::metrics::Reporter;
 use console::Input;
 
@@ -178,7 +179,7 @@ impl Control {
             self.metrics.tick(Instant::now());
             // A guest that ended by itself has the last word.
             if let Some(end) = panel.ends.announced() {
-                return Ok(end);
+                return Ok(explain(end, panel.pmem.iter().map(Arc::as_ref)));
             }
             if self.deadline.is_some_and(|at| at <= Instant::now()) {
                 return Ok(End::ByHost);

@@ -5,8 +5,8 @@ use std::os::fd::IntoRawFd;
 use std::sync::Arc;
 
 use kvm_bindings::{
-    CpuId, KVM_CAP_PMU_CAPABILITY, KVM_PIT_SPEAKER_DUMMY, KVM_PMU_CAP_DISABLE, kvm_enable_cap,
-    kvm_msi, kvm_pit_config, kvm_userspace_memory_region,
+    CpuId, KVM_CAP_PMU_CAPABILITY, KVM_MEM_READONLY, KVM_PIT_SPEAKER_DUMMY, KVM_PMU_CAP_DISABLE,
+    kvm_enable_cap, kvm_msi, kvm_pit_config, kvm_userspace_memory_region,
 };
 use kvm_ioctls::{Cap, IoEventAddress, Kvm, VmFd};
 use log::{debug, warn};
@@ -15,6 +15,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::vcpu::Vcpu;
 use super::{Error, failed, irq};
+use crate::memory::file_mapping::FileMapping;
 use crate::memory::{GuestMemory, layout};
 
 /// The version of the interface since Linux 2.6.22.
@@ -26,6 +27,10 @@ pub struct Vm {
     fd: Arc<VmFd>,
     /// What the memslots point to: mapped as long as the machine can touch it.
     memory: Option<GuestMemory>,
+    /// Likewise the files in the guest's address space.
+    files: Vec<Arc<FileMapping>>,
+    /// Number of the next memslot.
+    next_slot: u32,
 }
 
 impl Vm {
@@ -55,6 +60,8 @@ impl Vm {
             kvm,
             fd: Arc::new(fd),
             memory: None,
+            files: Vec::new(),
+            next_slot: 0,
         })
     }
 
@@ -86,9 +93,9 @@ impl Vm {
         }
         // Kept from here on, so that it outlives the memslots.
         self.memory = Some(memory.clone());
-        for (slot, region) in (0..).zip(memory.iter()) {
+        for region in memory.iter() {
             let slot = kvm_userspace_memory_region {
-                slot,
+                slot: self.take_slot(),
                 guest_phys_addr: region.start_addr().raw_value(),
                 memory_size: region.len(),
                 userspace_addr: region.as_ptr() as u64,
@@ -98,6 +105,51 @@ impl Vm {
             // which lives as long as the machine; regions of a GuestMemory do not overlap.
             unsafe { self.fd.set_user_memory_region(slot) }
                 .map_err(failed("give the guest so much memory (`mem_size_mib`)"))?;
+        }
+        Ok(())
+    }
+
+    fn take_slot(&mut self) -> u32 {
+        let slot = self.next_slot;
+        self.next_slot = slot.saturating_add(1);
+        slot
+    }
+
+    /// Puts a file into the guest's address space at `address`, one memslot a piece. A guest's write to one that is
+    /// read-only is an access without memory, which no device claims.
+    ///
+    /// # Errors
+    /// When a guest with so many physical address bits does not reach all of it, or the kernel
+    /// refuses a memslot.
+    pub fn map_file(
+        &mut self,
+        mapping: Arc<FileMapping>,
+        address: u64,
+        bits: u8,
+    ) -> Result<(), Error> {
+        let end = address.saturating_add(mapping.size());
+        if end.saturating_sub(1).checked_shr(bits.into()).unwrap_or(0) != 0 {
+            return Err(Error::AddressSpace { end, bits });
+        }
+        // Kept from here on, so that it outlives the memslots.
+        self.files.push(Arc::clone(&mapping));
+        for piece in mapping.pieces() {
+            let slot = kvm_userspace_memory_region {
+                slot: self.take_slot(),
+                guest_phys_addr: address.saturating_add(piece.offset),
+                memory_size: piece.len,
+                userspace_addr: piece.host_address,
+                flags: if mapping.is_read_only() {
+                    KVM_MEM_READONLY
+                } else {
+                    0
+                },
+            };
+            // SAFETY: the piece is mapped with this length and stays so as long as `self.files` has it, which
+            // lives as long as the machine; nothing in this process refers to its bytes. KVM refuses slots that
+            // overlap.
+            unsafe { self.fd.set_user_memory_region(slot) }
+                .map_err(failed("put a file into the guest's address space"))?;
         }
         Ok(())
     }

@@ -2,23 +2,34 @@
 
 use crate::config::Config;
 
-/// The configured command line and, with a root drive, where the root file system is: as
+/// The configured command line and, with a root device, where the root file system is: as
 /// Firecracker does it. Behind a `--` it would be an argument of init.
 pub(super) fn command_line(config: &Config) -> String {
     let args = config.boot_source.args();
-    let Some(root) = config.drives.iter().find(|drive| drive.is_root_device) else {
+    let Some((device, read_only)) = root(config) else {
         return args.to_owned();
     };
-    let device = match &root.partuuid {
-        Some(uuid) => format!("PARTUUID={uuid}"),
-        None => "/dev/vda".to_owned(),
-    };
-    let mode = if root.is_read_only { "ro" } else { "rw" };
+    let mode = if read_only { "ro" } else { "rw" };
     let (kernel, init) = args.split_at_checked(init_args(args)).unwrap_or((args, ""));
     let root = format!("root={device} {mode}");
     let parts = [kernel.trim_end(), &root, init];
     let parts: Vec<&str> = parts.into_iter().filter(|part| !part.is_empty()).collect();
     parts.join(" ")
+}
+
+/// The root device in the guest, if there is one, and whether it is read-only.
+fn root(config: &Config) -> Option<(String, bool)> {
+    let drive = config.drives.iter().find(|drive| drive.is_root_device);
+    if let Some(drive) = drive {
+        let device = match &drive.partuuid {
+            Some(uuid) => format!("PARTUUID={uuid}"),
+            None => "/dev/vda".to_owned(),
+        };
+        return Some((device, drive.is_read_only));
+    }
+    let mut pmem = config.pmem.iter().enumerate();
+    let (number, pmem) = pmem.find(|(_, pmem)| pmem.root_device)?;
+    Some((format!("/dev/pmem{number}"), pmem.read_only))
 }
 
 /// Where the `--` is that starts the arguments of init: a word of its own outside quotes.
@@ -40,6 +51,23 @@ mod tests {
 
     fn line(drives: &str) -> String {
         line_with("quiet", drives)
+    }
+
+    #[test]
+    fn the_root_may_be_in_memory() {
+        let line = |pmem: &str| {
+            let text = format!(
+                r#"{{"boot-source":{{"kernel_image_path":"/k","boot_args":"quiet -- a"}},"pmem":[{pmem}]}}"#
+            );
+            command_line(&Config::from_json(text.as_bytes()).unwrap())
+        };
+        let data = r#"{"id":"a","path_on_host":"/a"}"#;
+        assert_eq!(line(data), "quiet -- a");
+        let root = r#"{"id":"b","path_on_host":"/b","root_device":true}"#;
+        assert_eq!(line(root), "quiet root=/dev/pmem0 rw -- a");
+        let root = r#"{"id":"b","path_on_host":"/b","root_device":true,"read_only":true}"#;
+        let second = format!("{data},{root}");
+        assert_eq!(line(&second), "quiet root=/dev/pmem1 ro -- a");
     }
 
     fn line_with(args: &str, drives: &str) -> String {

@@ -8,6 +8,7 @@
 //! 0xe000_0000  MMIO hole: PCI configuration space and BARs (with PCI only)
 //! 0xfec0_0000  MMIO hole: I/O APIC, local APICs
 //! 0x1_0000_0000 RAM beyond 3 GiB
+//! at the next GiB above all RAM: memory of devices (pmem)
 //! ```
 
 use std::ops::RangeInclusive;
@@ -96,3 +97,37 @@ pub const I8042_GSI: u32 = 1;
 pub const GED_GSI: u32 = 5;
 /// Interrupt pins for virtio-mmio devices, one each: the rest of the I/O APIC's 24.
 pub const VIRTIO_GSIS: RangeInclusive<u32> = 6..=23;
+
+/// Where memory of devices goes, in order: above 4 GiB and above all RAM, which ends at `end_of_ram` (RAM that
+/// can be added later included). It starts at a multiple of 1 GiB, and each piece at one of
+/// [`ALIGNMENT`](super::file_mapping::ALIGNMENT). None if 64 bits do not reach so far.
+pub fn device_memory(end_of_ram: u64, sizes: impl IntoIterator<Item = u64>) -> Option<Vec<u64>> {
+    let start = end_of_ram.max(MMIO_HOLE_END);
+    let mut next = start.checked_next_multiple_of(1 << 30)?;
+    let mut place = |size: u64| {
+        let place = next;
+        let end = place.checked_add(size)?;
+        next = end.checked_next_multiple_of(super::file_mapping::ALIGNMENT)?;
+        Some(place)
+    };
+    sizes.into_iter().map(&mut place).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn memory_of_devices_lies_above_ram() {
+        const GIB: u64 = 1 << 30;
+        let place = |end, sizes: &[u64]| device_memory(end, sizes.iter().copied());
+        let two = [2 << 20, 1, 4 << 20];
+        let at = |start: u64| Some(vec![start, start + (2 << 20), start + (4 << 20)]);
+        assert_eq!(place(128 << 20, &two), at(4 * GIB));
+        assert_eq!(place(4 * GIB, &two), at(4 * GIB));
+        assert_eq!(place(4 * GIB + 1, &two), at(5 * GIB));
+        assert_eq!(place(u64::MAX, &two), None);
+        assert_eq!(place(0, &[u64::MAX]), None);
+        assert_eq!(place(0, &[]), Some(Vec::new()));
+    }
+}

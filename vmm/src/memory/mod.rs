@@ -1,5 +1,6 @@
 //! Guest memory: where it lies in the guest and what backs it on the host.
 
+pub mod file_mapping;
 pub mod heap;
 pub mod iovec;
 pub mod layout;

@@ -29,7 +29,7 @@ const OK: u8 = 0;
 const IO_ERROR: u8 = 1;
 
 /// The eight bytes that belong at `offset` (a multiple of eight) of the drive.
-fn pattern(offset: u64) -> [u8; 8] {
+pub fn pattern(offset: u64) -> [u8; 8] {
     (offset ^ 0x5ca1_ab1e_0ddb_a11d).to_le_bytes()
 }
 

@@ -5,6 +5,7 @@ mod blk;
 mod console;
 mod net;
 mod pit;
+mod pmem;
 mod rng;
 mod serial;
 mod vsock;
@@ -32,6 +33,7 @@ pub fn run(name: &str, cmdline: &Cmdline) -> Result<(), Failure> {
         "vsock" => vsock::echo(cmdline),
         "vsock-connect" => vsock::connect(cmdline),
         "net" => net::run(cmdline),
+        "pmem" => pmem::run(cmdline),
         "pit" => pit::run(),
         _ => Err("no such task"),
     }

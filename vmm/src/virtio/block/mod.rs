@@ -4,7 +4,7 @@ mod discard;
 mod disk;
 mod image;
 mod layer;
-mod lock;
+pub(in crate::virtio) mod lock;
 mod options;
 mod request;
 mod ring;

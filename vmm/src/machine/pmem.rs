@@ -1,0 +1,59 @@
+//! Persistent memory in the guest's address space.
+
+use std::fs::File;
+
+use vm_memory::{Address as _, GuestMemoryBackend as _};
+
+use super::{Error, limits};
+use crate::config;
+use crate::ending::End;
+use crate::kvm::{self, Vm};
+use crate::memory::{GuestMemory, layout};
+use crate::virtio::pmem::PmemFile;
+use crate::virtio::{Pmem, PmemOptions};
+
+/// Maps the files of `configured`, each above the one before, and all above `memory`, for a guest with
+/// `bits` physical address bits. To be called before anything sits on KVM's buses.
+///
+/// # Errors
+/// When a file cannot be used, or the guest would not reach it.
+pub(super) fn add(
+    configured: &[config::Pmem],
+    files: Vec<File>,
+    vm: &mut Vm,
+    memory: &GuestMemory,
+    bits: u8,
+) -> Result<Vec<Pmem>, Error> {
+    let mut mapped = Vec::with_capacity(files.len());
+    for (configured, file) in configured.iter().zip(files) {
+        mapped.push(Pmem::map(PmemOptions {
+            id: configured.id.clone(),
+            file,
+            read_only: configured.read_only,
+            limits: limits(configured.rate_limiter),
+        })?);
+    }
+    let sizes = mapped.iter().map(|(_, mapping)| mapping.size());
+    let end = u64::MAX;
+    let end_of_ram = memory.last_addr().raw_value().saturating_add(1);
+    let places = layout::device_memory(end_of_ram, sizes)
+        .ok_or(Error::Kvm(kvm::Error::AddressSpace { end, bits }))?;
+    let mut devices = Vec::with_capacity(mapped.len());
+    for ((unplaced, mapping), place) in mapped.into_iter().zip(places) {
+        vm.map_file(mapping, place, bits)?;
+        devices.push(unplaced.at(place));
+    }
+    Ok(devices)
+}
+
+/// The end of a machine whose guest could not go on because the host cut a file off under it: that is the cause,
+/// and not the guest.
+pub fn explain<'a>(end: End, mut files: impl Iterator<Item = &'a PmemFile>) -> End {
+    match end {
+        End::Crashed(why) => match files.find_map(PmemFile::truncated) {
+            Some(words) => End::Failed(format!("{words} ({why})")),
+            None => End::Crashed(why),
+        },
+        other => other,
+    }
+}
