@@ -23,6 +23,10 @@ const ARGUMENTS: &[(&str, &[&str])] = &[
     ("kill", &["pid", "sig"]),
     ("madvise", &["addr*", "length*", "advice"]),
     (
+        "mbind",
+        &["addr*", "len*", "mode", "nodemask*", "maxnode*", "flags"],
+    ),
+    (
         "mmap",
         &["addr*", "length*", "prot*", "flags*", "fd", "offset*"],
     ),
@@ -33,6 +37,7 @@ const ARGUMENTS: &[(&str, &[&str])] = &[
     ("recvmsg", &["sockfd", "msg*", "flags"]),
     ("rt_sigaction", &["signum"]),
     ("rt_sigprocmask", &["how"]),
+    ("sched_setaffinity", &["pid", "cpusetsize*", "mask*"]),
     ("seccomp", &["operation", "flags"]),
     ("sendmsg", &["sockfd", "msg*", "flags"]),
     ("sendto", &["sockfd", "buf*", "len*", "flags", "dest_addr*"]),

@@ -128,6 +128,16 @@ impl Running {
         Pid::from_raw(self.child.id() as i32)
     }
 
+    /// The process id of the VMM that it runs: of the jailer's child, or its own where it is the VMM itself.
+    pub fn vmm_pid(&self) -> Result<u32> {
+        let own = self.child.id();
+        let children = std::fs::read_to_string(format!("/proc/{own}/task/{own}/children"))?;
+        match children.split_whitespace().next() {
+            Some(child) => Ok(child.parse()?),
+            None => Ok(own),
+        }
+    }
+
     /// Sends it a signal.
     pub fn signal(&self, signal: Signal) -> Result<()> {
         kill(self.pid(), signal).with_context(|| format!("sending {signal}"))

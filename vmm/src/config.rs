@@ -2,6 +2,7 @@
 //!
 //! Each section has a file. The API's bodies are these sections, too, and make a [`Config`] one by one.
 //! Some fields are ours: `boot-source.protocol`, `machine-config.pit`, `machine-config.max_vcpu_count`,
+//! `machine-config.numa_nodes`,
 //! of `drives[]` `discard`, `queues`, `copy_on_write` and `io_engine: Auto`, of `network-interfaces[]` `mtu` and
 //! `queues`, and `console`.
 //! What Firecracker knows and this VMM does not do yet is refused by name, never ignored: each section's
@@ -25,6 +26,7 @@ pub use self::memory_hotplug::MemoryHotplug;
 pub use self::metrics::Metrics;
 pub use self::mmds::{MmdsConfig, MmdsVersion};
 pub use self::net::{MacAddress, NetworkInterface};
+pub use self::numa::NumaNode;
 pub use self::pmem::Pmem;
 pub use self::rate_limiter::{RateLimiter, TokenBucket};
 pub use self::serial::Serial;
@@ -43,6 +45,7 @@ mod memory_hotplug;
 mod metrics;
 mod mmds;
 mod net;
+mod numa;
 mod pmem;
 mod rate_limiter;
 mod serial;

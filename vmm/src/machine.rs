@@ -38,6 +38,7 @@ mod attached;
 mod command_line;
 mod console;
 mod network;
+pub mod placement;
 mod pmem;
 pub mod vcpus;
 
@@ -70,6 +71,9 @@ pub enum Error {
     /// The clock page could not be written.
     #[error(transparent)]
     Clock(#[from] clock::Error),
+    /// The machine cannot be where it should on the host.
+    #[error(transparent)]
+    Placement(#[from] placement::Error),
     /// Two devices claim one address.
     #[error("put the devices on the bus: {0}")]
     Bus(#[from] bus::Error),
@@ -129,6 +133,8 @@ fn host(what: &'static str) -> impl Fn(io::Error) -> Error {
 pub struct Machine {
     vm: Vm,
     vcpus: Vec<Vcpu>,
+    /// The CPUs of the host for each of them; all where there is none.
+    host_cpus: Vec<Vec<u16>>,
     buses: Arc<Buses>,
     worker: Option<DeviceWorker>,
     panel: Panel,
@@ -196,8 +202,12 @@ pub fn build(config: &Config, resources: Resources, options: Options) -> Result<
 
     // First of all, while little is mapped; and memory before anything sits on KVM's buses.
     let mut vm = Vm::new(kvm)?;
-    let cpuid = MachineCpuid::new(&vm.supported_cpuid()?, max_vcpus, vm.has_tsc_deadline());
+    let mut cpuid = MachineCpuid::new(&vm.supported_cpuid()?, max_vcpus, vm.has_tsc_deadline());
+    if config.machine_config.numa_nodes.len() > 1 {
+        cpuid.without_shared_caches();
+    }
     let memory = memory::allocate(config.memory_size())?;
+    placement::bind_memory(&memory, &config.machine_config)?;
     let address_bits = cpuid.physical_address_bits();
     vm.set_memory(&memory, address_bits)?;
     let pmem = pmem::add(&config.pmem, pmem, &mut vm, &memory, address_bits)?;
@@ -262,6 +272,7 @@ pub fn build(config: &Config, resources: Resources, options: Options) -> Result<
     Ok(Machine {
         vm,
         vcpus,
+        host_cpus: placement::host_cpus(&config.machine_config),
         buses,
         worker: devices.worker()?,
         panel,
@@ -365,6 +376,7 @@ fn describe(config: &Config, devices: &Attached) -> MachineDescription {
         vcpus: machine.vcpu_count,
         max_vcpus: machine.max_vcpus(),
         vcpu_hotplug: machine.max_vcpu_count.is_some(),
+        numa_nodes: placement::nodes(machine),
         mmio_devices: devices.windows(),
         has_pci: matches!(devices, Attached::Pci(_)),
         has_com1: true,
@@ -433,14 +445,13 @@ impl Machine {
             console.start(seal(Role::Console, &sealed))?;
         }
         let mut vcpus = Vec::with_capacity(self.vcpus.len());
-        for vcpu in self.vcpus {
+        for (vcpu, cpus) in self.vcpus.into_iter().zip(self.host_cpus) {
             let (buses, ends) = (Arc::clone(&self.buses), Arc::clone(ends));
-            vcpus.push(VcpuThread::start(
-                vcpu,
-                buses,
-                ends,
-                seal(Role::Vcpu, &sealed),
-            )?);
+            let seal = seal(Role::Vcpu, &sealed);
+            let thread = placement::on_cpus(vcpu.id(), &cpus, || {
+                VcpuThread::start(vcpu, buses, ends, seal)
+            });
+            vcpus.push(thread??);
         }
         drop(sealed);
         // The barrier: the channel closes once every thread has said how its sealing went.

@@ -59,6 +59,7 @@ fn it_is_a_clean_host_with_kvm() {
                   test -d /sys/module/kvm_amd && grep -qw memory /sys/fs/cgroup/cgroup.subtree_control && \
                   grep -q landlock /sys/kernel/security/lsm && modprobe vhost_net && \
                   test $(id -u) = 0 && touch /etc/x && test $CASEMATE_LAB = 1 && \
+                  test $(cat /sys/devices/system/node/has_memory) = 0-1 && \
                   (sleep 1000 &) && echo all";
     // The process that it leaves behind, which holds its streams, delays nobody.
     let output = run(&["sh", "-c", script]);

@@ -10,6 +10,7 @@ mod console;
 mod ending;
 mod entropy;
 mod net;
+mod numa;
 mod pci;
 mod pmem;
 mod runtime;

@@ -6,5 +6,6 @@ mod discard;
 mod ending;
 mod images;
 mod machine;
+mod numa;
 mod streams;
 mod vmm;

@@ -58,7 +58,7 @@ fn a_guest_powers_itself_off() {
 }
 
 /// An initrd of busybox and `init`, made in `dir` by busybox's own cpio.
-fn busybox_initrd(dir: &Path, to: &Path, init: &str) {
+pub(crate) fn busybox_initrd(dir: &Path, to: &Path, init: &str) {
     let root = dir.join("initrd-root");
     for name in ["bin", "dev"] {
         std::fs::create_dir_all(root.join(name)).unwrap();

@@ -67,6 +67,17 @@ pub struct GedInfo {
     pub event_register: u64,
 }
 
+/// A NUMA node of the guest.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NumaNodeInfo {
+    /// Its vCPUs.
+    pub cpus: Vec<u8>,
+    /// Its memory: first guest-physical addresses and sizes in bytes.
+    pub memory: Vec<(u64, u64)>,
+    /// How far each node is from it (ACPI 6.5, section 5.2.17).
+    pub distances: Vec<u8>,
+}
+
 /// What the tables tell a guest about its machine.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct MachineDescription {
@@ -76,6 +87,8 @@ pub struct MachineDescription {
     pub max_vcpus: u8,
     /// Whether their number can change.
     pub vcpu_hotplug: bool,
+    /// Its NUMA nodes; none where all is equally near.
+    pub numa_nodes: Vec<NumaNodeInfo>,
     /// Every virtio-mmio device in the order of the configuration.
     pub mmio_devices: Vec<MmioDeviceInfo>,
     /// Whether there is a PCI bus, as in `layout`.

@@ -42,6 +42,7 @@ pub(super) fn machine(devices: u32) -> MachineDescription {
         vcpus: 1,
         max_vcpus: 1,
         vcpu_hotplug: false,
+        numa_nodes: Vec::new(),
         mmio_devices: (0..devices).map(device).collect(),
         has_pci: false,
         has_com1: true,

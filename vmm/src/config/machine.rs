@@ -2,6 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::numa::{self, NumaNode};
 use super::{Error, range};
 
 /// Most vCPUs of a machine.
@@ -19,6 +20,9 @@ pub struct MachineConfig {
     /// number is fixed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub max_vcpu_count: Option<u8>,
+    /// The guest's NUMA nodes; none where all is equally near.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub numa_nodes: Vec<NumaNode>,
     /// Memory in MiB, 1 to [`MAX_MEMORY_MIB`].
     pub mem_size_mib: u64,
     /// Whether two vCPUs share a core, as the guest sees it.
@@ -70,6 +74,7 @@ impl Default for MachineConfig {
         Self {
             vcpu_count: 1,
             max_vcpu_count: None,
+            numa_nodes: Vec::new(),
             mem_size_mib: 128,
             smt: false,
             cpu_template: None,
@@ -120,7 +125,7 @@ impl MachineConfig {
                 "with `huge_pages`, use an even number",
             );
         }
-        Ok(())
+        numa::check(&self.numa_nodes, self.max_vcpus(), self.mem_size_mib)
     }
 
     /// What of it this VMM does not do yet.

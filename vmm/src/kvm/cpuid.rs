@@ -33,6 +33,8 @@ const LEAF_7_1_EDX_AMX: u32 = bits(&[8]);
 const LEAF_D_EAX_AMX: u32 = bits(&[17, 18]);
 /// Tiles, and how they are multiplied.
 const LEAVES_AMX: [u32; 2] = [0x1d, 0x1e];
+/// Leaves 4 and 0x8000_001d, EAX: how many threads share the cache, minus one.
+const CACHE_SHARING: u32 = 0xfff << 14;
 /// Leaf 0x8000_0001, ECX: SVM, extended APIC space, IBS, SKINIT, watchdog, LWP, node id MSR (its leaf
 /// says it too), performance counters of all kinds, MONITORX.
 const EXTENDED_ECX_REMOVED: u32 = bits(&[2, 3, 10, 12, 13, 15, 19, 23, 24, 26, 27, 28, 29]);
@@ -105,6 +107,15 @@ impl MachineCpuid {
             }
         }
         Self { entries }
+    }
+
+    /// Lets no vCPUs share a cache: where they are in several NUMA nodes, a cache of all would contradict that.
+    pub fn without_shared_caches(&mut self) {
+        for entry in &mut self.entries {
+            if matches!(entry.function, 0x4 | 0x8000_001d) {
+                entry.eax &= !CACHE_SHARING;
+            }
+        }
     }
 
     /// Bits of a guest-physical address (leaf 0x8000_0008; 36 where there is none).
@@ -297,6 +308,11 @@ mod tests {
         assert_eq!(read(&vcpu, 0x8000_0008, 0)[2], 4 | 3 << 12);
         assert_eq!(read(&vcpu, 0x8000_001d, 3)[0], 4 << 14 | 0x163);
         assert_eq!(read(&vcpu, 0x8000_001e, 0)[..3], [3, 3, 0]);
+        let mut nodes = MachineCpuid::new(&host, 5, true);
+        nodes.without_shared_caches();
+        let vcpu = nodes.of_vcpu(3).unwrap();
+        assert_eq!(read(&vcpu, 4, 3)[0], 4 << 26 | 0x163);
+        assert_eq!(read(&vcpu, 0x8000_001d, 3)[0], 0x163);
         let alone = MachineCpuid::new(&host, 1, true).of_vcpu(0).unwrap();
         assert_eq!(read(&alone, 1, 0)[3] & LEAF_1_EDX_HTT, 0);
         assert_eq!(read(&alone, 0xb, 1), [0, 1, 0x201, 0]);

@@ -4,6 +4,7 @@ pub mod file_mapping;
 pub mod heap;
 pub mod iovec;
 pub mod layout;
+pub mod numa;
 pub mod release;
 
 use thiserror::Error;

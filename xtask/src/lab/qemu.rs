@@ -46,6 +46,7 @@ pub fn start(
             "1",
         ])
         .args(["-cpu", "max,+svm,la57=off", "-m", &memory.to_string()])
+        .args(nodes(memory))
         .args(["-vga", "none", "-display", "none", "-no-reboot"])
         .arg("-kernel")
         .arg(&kernel.image)
@@ -67,6 +68,22 @@ pub fn start(
         .spawn()
         .context("run setpriv (util-linux) with QEMU")?;
     Ok((child, ours))
+}
+
+/// Two NUMA nodes with half of the memory each; the CPU is in the first.
+fn nodes(memory: u32) -> Vec<String> {
+    let first = memory / 2;
+    let mut words = Vec::new();
+    for (number, (size, cpus)) in [(first, ",cpus=0"), (memory.saturating_sub(first), "")]
+        .into_iter()
+        .enumerate()
+    {
+        words.push("-object".to_owned());
+        words.push(format!("memory-backend-ram,id=node{number},size={size}M"));
+        words.push("-numa".to_owned());
+        words.push(format!("node,nodeid={number},memdev=node{number}{cpus}"));
+    }
+    words
 }
 
 /// A QEMU option with a path in it: a comma there is written twice.

@@ -11,6 +11,7 @@ use acpi_tables::madt::{EnabledStatus, ProcessorLocalApic};
 use super::bytes;
 use super::dsdt::{device_in_sb, window};
 use super::events::Handler;
+use super::numa;
 use crate::boot::{Error, MachineDescription};
 use crate::devices::acpi::Event;
 use crate::memory::layout;
@@ -49,7 +50,7 @@ pub(super) fn hotplug(
     }
     registers(body)?;
     for id in 0..machine.max_vcpus {
-        cpu(body, id);
+        cpu(body, id, numa::node_of_vcpu(machine, id));
     }
     scan(body, machine.max_vcpus);
     let scan = MethodCall::new(SCAN.into(), Vec::new());
@@ -85,7 +86,7 @@ fn bit(id: u8) -> u32 {
 
 /// A processor device (ACPI 6.5, section 8.4). Its `_MAT` says what its entry in the MADT says once it is
 /// there; every guest keeps the first CPU, so that one cannot be ejected.
-fn cpu(body: &mut Vec<u8>, id: u8) {
+fn cpu(body: &mut Vec<u8>, id: u8, node: Option<usize>) {
     let bit = bit(id);
     let present: Path = PRESENT.into();
     let is_present = And::new(&ZERO, &present, &bit);
@@ -103,7 +104,9 @@ fn cpu(body: &mut Vec<u8>, id: u8) {
     let let_go = Store::new(&register, &bit);
     let eject = Method::new("_EJ0".into(), 1, true, vec![&let_go]);
 
+    let node = node.map(|node| Name::new("_PXM".into(), &node));
     let mut more: Vec<&dyn Aml> = vec![&status, &entry];
+    more.extend(node.iter().map(|node| node as &dyn Aml));
     if id > 0 {
         more.push(&eject);
     }

@@ -5,6 +5,7 @@ mod cpus;
 mod dsdt;
 mod events;
 mod identity;
+mod numa;
 mod pci;
 
 use acpi_tables::Aml;
@@ -66,6 +67,9 @@ fn build(machine: &MachineDescription, start: u64) -> Result<Vec<u8>, Error> {
     xsdt.add_entry(madt);
     if machine.has_pci {
         xsdt.add_entry(blob.add(&pci::mcfg()));
+    }
+    for table in numa::tables(machine) {
+        xsdt.add_entry(blob.add(&table));
     }
     let xsdt = blob.add(&bytes(&xsdt));
     Ok(blob.finish(&bytes(&Rsdp::new(OEM_ID, xsdt))))

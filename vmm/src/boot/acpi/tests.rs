@@ -41,7 +41,11 @@ fn tables(machine: &MachineDescription) -> Tables {
     assert_eq!(sum(&blob[..36]), 0);
     let xsdt = table(&blob, long(&blob, 24));
     assert_eq!(&xsdt[..4], b"XSDT");
-    assert_eq!(xsdt.len(), 36 + 2 * 8);
+    let nodes = if machine.numa_nodes.is_empty() { 0 } else { 2 };
+    assert_eq!(xsdt.len(), 36 + (2 + nodes) * 8);
+    for (number, signature) in (0..nodes).zip([b"SRAT", b"SLIT"]) {
+        assert_eq!(&table(&blob, long(xsdt, 52 + 8 * number))[..4], signature);
+    }
     let fadt = table(&blob, long(xsdt, 36)).to_vec();
     let madt = table(&blob, long(xsdt, 44)).to_vec();
     assert_eq!((&fadt[..4], &madt[..4]), (&b"FACP"[..], &b"APIC"[..]));
@@ -180,6 +184,21 @@ fn a_guest_finds_what_tells_that_it_was_cloned() {
         let notify = [&b"\x86\\\x2e_SB_"[..], name, b"\x0a\x80"].concat();
         assert_eq!(contains(&dsdt, &[&condition[..], &notify].concat()), 1);
     }
+}
+
+#[test]
+fn a_cpu_that_comes_is_in_its_node() {
+    let mut machine = machine_that_grows();
+    let node = |cpus: &[u8], start| super::super::NumaNodeInfo {
+        cpus: cpus.to_vec(),
+        memory: vec![(start, 0x1000)],
+        distances: vec![10, 20],
+    };
+    machine.numa_nodes = vec![node(&[0, 1], 0), node(&[2, 3], 0x1000)];
+    let dsdt = tables(&machine).dsdt;
+    assert_eq!(contains(&dsdt, b"\x08_PXM\x00"), 2);
+    assert_eq!(contains(&dsdt, b"\x08_PXM\x01"), 2);
+    assert_eq!(contains(&tables(&machine_that_grows()).dsdt, b"_PXM"), 0);
 }
 
 #[test]
