@@ -224,7 +224,7 @@ impl Device {
 
     /// What the status register says.
     pub fn status(&self) -> u32 {
-        self.get(reg::STATUS)
+        self.transport.status()
     }
 
     /// A number of eight bytes in the device's configuration space.
