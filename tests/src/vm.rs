@@ -169,6 +169,17 @@ impl Vm {
         self
     }
 
+    /// Adds a network interface on `queues` queues of the tap `tap`.
+    #[must_use]
+    pub fn net_with_queues(mut self, tap: &str, queues: u8, mac: &str) -> Self {
+        self.push(
+            "network-interfaces",
+            json!({ "iface_id": "eth0", "host_dev_name": tap, "guest_mac": mac, "queues": queues }),
+        );
+        self.grants.push(("--grant-tap", format!("{tap}:{queues}")));
+        self
+    }
+
     /// Adds a vsock device with guest CID 3; its socket is [`Vm::vsock_path`].
     #[must_use]
     pub fn vsock(mut self) -> Self {
