@@ -18,7 +18,7 @@ use self::connector::{Broker, Connector};
 use self::hub::Hub;
 use super::config_space::ConfigSpace;
 use super::device::{self, DeviceIo, DeviceType, Event, Queues, Traits, VirtioDevice, states};
-use super::queue::{Progress, QueueStates, Verdict};
+use super::queue::{Progress, Queue, QueueStates, Verdict};
 use crate::memory::iovec::IoVecBuffer;
 
 mod connection;
@@ -31,9 +31,11 @@ mod socket;
 pub(super) mod testing;
 mod traffic;
 
-/// Receive, transmit, and event queue. No event exists that is ever sent yet.
+/// Receive, transmit, and event queue.
 const QUEUE_SIZES: &[u16] = &[256, 256, 16];
 const TX: u16 = 1;
+/// VIRTIO_VSOCK_EVENT_TRANSPORT_RESET (section 5.10.6.7), the one event that there is.
+const TRANSPORT_RESET: u32 = 0;
 /// Packets moved in one direction before the other devices get their turn.
 const BUDGET: usize = 64;
 /// Smallest CID of a guest.
@@ -68,6 +70,8 @@ pub struct Vsock {
     hub: Hub,
     running: Option<(Queues, DeviceIo)>,
     pieces: IoVecBuffer,
+    /// The guest has to be told that all its connections are gone.
+    was_restored: bool,
 }
 
 impl Vsock {
@@ -101,8 +105,29 @@ impl Vsock {
             hub: Hub::new(guest_cid, listener, connector),
             running: None,
             pieces: IoVecBuffer::default(),
+            was_restored: false,
         })
     }
+
+    /// Has the guest told, as soon as its driver listens, that its connections are gone and its
+    /// address may be another: for a device that goes on from another one's state, whose peers it has not.
+    pub fn announce_reset(&mut self) {
+        self.was_restored = true;
+    }
+}
+
+/// Tells the driver of the reset, if it has given a buffer for it.
+fn tell_of_reset(queue: &mut Queue, io: &DeviceIo) -> Result<bool, device::Error> {
+    let mut told = false;
+    queue.process(&io.memory, io.signal.as_ref(), BUDGET, |chain| {
+        if told {
+            return Ok(Verdict::Keep);
+        }
+        chain.write_at(&io.memory, 0, &TRANSPORT_RESET.to_le_bytes())?;
+        told = true;
+        Ok(Verdict::Used(4))
+    })?;
+    Ok(told)
 }
 
 impl VirtioDevice for Vsock {
@@ -136,8 +161,11 @@ impl VirtioDevice for Vsock {
         let Some((queues, io)) = &mut self.running else {
             return Ok(Progress::Done);
         };
-        let [receive, transmit, ..] = queues;
+        let [receive, transmit, events, ..] = queues;
         let mut progress = Progress::Done;
+        if let (true, Some(queue)) = (self.was_restored, events) {
+            self.was_restored = !tell_of_reset(queue, io)?;
+        }
         match (event, transmit) {
             (Event::Queue(TX), Some(queue)) => {
                 progress = queue.process(&io.memory, io.signal.as_ref(), BUDGET, |chain| {
@@ -173,3 +201,6 @@ mod accounting_tests;
 
 #[cfg(test)]
 mod broker_tests;
+
+#[cfg(test)]
+mod reset_tests;
