@@ -57,6 +57,8 @@ pub enum Kind {
     Tap,
     /// A listening Unix stream socket.
     Listener,
+    /// A Unix stream socket, connected to the back-end of a vhost-user device.
+    Stream,
     /// The VMM's end of the broker's socket pair.
     Broker,
     /// Where the log goes; open for writing.
@@ -173,6 +175,7 @@ impl Kind {
             Self::Append => "--grant-append",
             Self::Tap => "--grant-tap",
             Self::Listener => "--grant-listen",
+            Self::Stream => "--grant-connect",
             Self::Broker => "--grant-listen or --allow-open",
             Self::Log => "--log-fd",
         }
@@ -353,6 +356,11 @@ fn is_kind(fd: &OwnedFd, kind: Kind) -> bool {
             is_unix(fd)
                 && getsockopt(fd, sockopt::SockType) == Ok(SockType::Stream)
                 && getsockopt(fd, sockopt::AcceptConn) == Ok(true)
+        }
+        Kind::Stream => {
+            is_unix(fd)
+                && getsockopt(fd, sockopt::SockType) == Ok(SockType::Stream)
+                && getsockopt(fd, sockopt::AcceptConn) == Ok(false)
         }
         Kind::Broker => is_unix(fd) && getsockopt(fd, sockopt::SockType) == Ok(SockType::SeqPacket),
     }

@@ -29,6 +29,7 @@ What it may use (descriptors, opened now; names are those of the machine config,
   --grant-append [NAME=]PATH  a file to append to, made if it is not there, or a named pipe to write to
   --grant-tap [NAME=]IF[:N] an existing tap interface, in --netns if that is given; N queues of it, 1 to 8,
                             under NAME, NAME:1, NAME:2...
+  --grant-connect [NAME=]PATH  the Unix socket of a vhost-user back-end, connected to here
   --grant-listen [NAME=]PATH  a Unix socket, made here and owned by --uid; guests' connections
                             go to PATH_<port>. The caller removes it.
   --log-fd N                an inherited descriptor for the log
@@ -174,6 +175,8 @@ pub enum GrantKind {
     Tap,
     /// `--grant-listen`
     Listen,
+    /// `--grant-connect`
+    Connect,
 }
 
 /// Why the command line is refused.
@@ -292,6 +295,9 @@ pub fn parse(arguments: impl Iterator<Item = OsString>) -> Result<Command, Argum
             "grant-listen" => result
                 .grants
                 .push(grant(GrantKind::Listen, parser.value()?)?),
+            "grant-connect" => result
+                .grants
+                .push(grant(GrantKind::Connect, parser.value()?)?),
             "allow-open" => result.allow_open.push(parser.value()?.into()),
             "log-fd" => result.log_fd = Some(log_fd(&parser.value()?.string()?)?),
             "allow-missing" => match parser.value()?.string()?.as_str() {
@@ -429,6 +435,7 @@ fn grant(kind: GrantKind, value: OsString) -> Result<Grant, ArgumentError> {
         GrantKind::Append => "grant-append",
         GrantKind::Tap => "grant-tap",
         GrantKind::Listen => "grant-listen",
+        GrantKind::Connect => "grant-connect",
     };
     let text = value
         .to_str()

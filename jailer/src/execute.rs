@@ -201,6 +201,7 @@ impl<'a> Jail<'a> {
                             (Kind::FileRw, grants::open_file(&grant.path, true)?)
                         }
                         GrantKind::Append => (Kind::Append, grants::open_append(&grant.path)?),
+                        GrantKind::Connect => (Kind::Stream, grants::connect_to(&grant.path)?),
                         GrantKind::Tap | GrantKind::Listen => continue,
                     };
                     self.name(&grant.name, kind, file);
@@ -252,8 +253,11 @@ impl<'a> Jail<'a> {
             Step::EmptyRoot => root::empty(),
             Step::Limits => {
                 let mut limits = arguments.limits;
-                // What the broker may open later is no disk of today's size.
-                if limits.fsize.is_none() && self.allowed.is_empty() && self.chroot.is_none() {
+                // What the broker may open later is no disk of today's size. And memory that is shared with a
+                // back-end is a file, too: how large it is only the machine config says.
+                let shares = self.named.iter().any(|named| named.kind == Kind::Stream);
+                let opens = !self.allowed.is_empty() || self.chroot.is_some();
+                if limits.fsize.is_none() && !opens && !shares {
                     let disks = self.named.iter().filter(|named| named.kind == Kind::FileRw);
                     let disks = disks.map(|named| named.file.as_fd());
                     let logs = self.named.iter().filter(|named| named.kind == Kind::Append);

@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 use nix::errno::Errno;
 use nix::fcntl::{AT_FDCWD, AtFlags, FcntlArg, OFlag, OpenHow, ResolveFlag, fcntl, openat2};
 use nix::sys::socket::{
-    AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, listen, socket,
+    AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, connect, listen, socket,
 };
 use nix::sys::stat::{FileStat, Mode, SFlag, fstat, umask};
 use nix::unistd::{Gid, Uid, UnlinkatFlags, fchdir, fchownat, unlinkat};
@@ -203,6 +203,27 @@ pub fn open_append(path: &Path) -> Result<OwnedFd> {
         return refused(object, "it has just been replaced");
     }
     Ok(file)
+}
+
+/// Connects to a Unix socket, which may not be behind a symbolic link either.
+///
+/// # Errors
+/// If there is none, or nobody listens.
+pub fn connect_to(path: &Path) -> Result<OwnedFd> {
+    let place = open_strictly(path, OFlag::O_PATH)?;
+    let object = path.display().to_string();
+    let stat = fstat(&place).doing("look at", &object)?;
+    if file_type(&stat) != SFlag::S_IFSOCK {
+        return refused(object, "not a socket");
+    }
+    // The very socket that was looked at, whatever the path leads to by now.
+    let address = UnixAddr::new(format!("/proc/self/fd/{}", place.as_raw_fd()).as_str());
+    let address = address.doing("name", &object)?;
+    let flags = SockFlag::SOCK_CLOEXEC;
+    let stream = socket(AddressFamily::Unix, SockType::Stream, flags, None);
+    let stream = stream.doing("make a socket for", &object)?;
+    connect(stream.as_raw_fd(), &address).doing("connect to", &object)?;
+    Ok(stream)
 }
 
 /// Opens a device node.
@@ -434,5 +455,26 @@ mod tests {
                 );
             }
         }
+    }
+
+    #[test]
+    fn connects_to_a_socket_that_somebody_listens_on() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = |name: &str| directory.path().canonicalize().unwrap().join(name);
+        let why = |name: &str| connect_to(&path(name)).unwrap_err().to_string();
+        let listener = std::os::unix::net::UnixListener::bind(path("socket")).unwrap();
+        connect_to(&path("socket")).unwrap();
+        listener.accept().unwrap();
+        std::os::unix::fs::symlink(path("socket"), path("link")).unwrap();
+        assert!(why("link").contains("a symbolic link leads there"));
+        std::fs::write(path("file"), "").unwrap();
+        assert!(why("file").contains("not a socket"));
+        assert!(
+            why("nothing").contains("No such file"),
+            "{}",
+            why("nothing")
+        );
+        drop(listener);
+        assert!(why("socket").contains("connect to"), "{}", why("socket"));
     }
 }

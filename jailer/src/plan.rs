@@ -205,9 +205,14 @@ pub fn plan(arguments: &Arguments, facts: Facts) -> Plan {
             .map(|(_, step)| *step)
             .collect()
     };
-    let files = [GrantKind::ReadOnly, GrantKind::ReadWrite, GrantKind::Append]
-        .into_iter()
-        .any(has);
+    let files = [
+        GrantKind::ReadOnly,
+        GrantKind::ReadWrite,
+        GrantKind::Append,
+        GrantKind::Connect,
+    ]
+    .into_iter()
+    .any(has);
     let cgroup = !arguments.cgroups.is_empty() || arguments.parent_cgroup.is_some();
     let shared = steps(&[
         (true, Step::CloseDescriptors),

@@ -158,6 +158,16 @@ impl Vm {
         self
     }
 
+    /// Adds `device` to `list`, with the back-end that listens on `socket`.
+    #[must_use]
+    pub fn back_end(mut self, list: &str, mut device: Value, socket: &Path) -> Self {
+        let path = socket.to_string_lossy().into_owned();
+        device["socket"] = json!(path);
+        self.push(list, device);
+        self.grants.push(("--grant-connect", path));
+        self
+    }
+
     /// Adds a network interface on the tap `tap`.
     #[must_use]
     pub fn net(mut self, tap: &str, mac: &str) -> Self {

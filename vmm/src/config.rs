@@ -4,7 +4,7 @@
 //! Some fields are ours: `boot-source.protocol`, `machine-config.pit`, `machine-config.max_vcpu_count`,
 //! `machine-config.numa_nodes`,
 //! of `drives[]` `discard`, `queues`, `copy_on_write` and `io_engine: Auto`, of `network-interfaces[]` `mtu` and
-//! `queues`, and `console`.
+//! `queues`, `fs` and `console`.
 //! What Firecracker knows and this VMM does not do yet is refused by name, never ignored: each section's
 //! `unsupported` says what that is.
 
@@ -20,6 +20,7 @@ pub use self::console::Console;
 pub use self::cpu::{CpuConfig, CpuTemplate};
 pub use self::drive::{CacheType, CopyOnWrite, Drive, IoEngine, MAX_DRIVE_QUEUES};
 pub use self::entropy::Entropy;
+pub use self::fs::Fs;
 pub use self::logger::{Level, Logger};
 pub use self::machine::{HugePages, MAX_MEMORY_MIB, MAX_VCPUS, MachineConfig, NamedCpuTemplate};
 pub use self::memory_hotplug::MemoryHotplug;
@@ -39,6 +40,7 @@ mod console;
 pub mod cpu;
 mod drive;
 mod entropy;
+mod fs;
 mod logger;
 mod machine;
 mod memory_hotplug;
@@ -85,6 +87,9 @@ pub struct Config {
     pub vsock: Option<Vsock>,
     /// The entropy device, if any.
     pub entropy: Option<Entropy>,
+    /// Shared directories.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub fs: Vec<Fs>,
     /// Persistent memory devices.
     #[serde(default)]
     pub pmem: Vec<Pmem>,
@@ -191,6 +196,11 @@ impl Config {
         self.machine_config.mem_size_mib.saturating_mul(1 << 20)
     }
 
+    /// Whether another process works for a device, and maps the memory.
+    pub fn shares_memory(&self) -> bool {
+        !self.fs.is_empty() || self.drives.iter().any(|drive| drive.socket.is_some())
+    }
+
     /// The drives in the order of their windows: the root first, then as configured.
     pub fn drives_in_order(&self) -> impl Iterator<Item = &Drive> {
         let root = self.drives.iter().filter(|drive| drive.is_root_device);
@@ -205,6 +215,7 @@ impl Config {
             self.pmem.len(),
             usize::from(self.vsock.is_some()),
             usize::from(self.entropy.is_some()),
+            self.fs.len(),
             usize::from(self.balloon.is_some()),
             usize::from(self.console.is_some()),
             usize::from(self.memory_hotplug.is_some()),
@@ -223,7 +234,6 @@ impl Config {
             self.metrics.as_ref().and_then(Metrics::unsupported),
             self.serial.as_ref().and_then(Serial::unsupported),
             self.machine_config.unsupported(),
-            self.drives.iter().find_map(Drive::unsupported),
         ];
         match found.into_iter().flatten().next() {
             Some(field) => Err(Error::NotSupported(field)),
@@ -245,9 +255,18 @@ impl Config {
             if let Some(path) = &drive.path_on_host {
                 check_unshared("drives[].path_on_host", path, &mut paths)?;
             }
+            if let Some(socket) = &drive.socket {
+                check_unshared("drives[].socket", socket, &mut paths)?;
+            }
             if let Some(layer) = &drive.copy_on_write {
                 check_unshared("drives[].path_on_host", &layer.path_on_host, &mut paths)?;
             }
+        }
+        let mut tags = BTreeSet::new();
+        for fs in &self.fs {
+            fs.check()?;
+            check_unshared("fs[].tag", &fs.tag, &mut tags)?;
+            check_unshared("fs[].socket", &fs.socket, &mut tags)?;
         }
         ids.clear();
         for pmem in &self.pmem {

@@ -10,7 +10,7 @@ use thiserror::Error;
 
 use crate::boot::{self, GedInfo, MachineDescription};
 use crate::bus::{self, Bus};
-use crate::config::{CacheType, Config, Drive, IoEngine, RateLimiter};
+use crate::config::{Config, RateLimiter};
 use crate::devices::boot_timer::{BootTimer, Moment};
 use crate::devices::{
     AcpiRegisters, ClockPage, Generation, I8042, SerialPort, VcpuRegisters, acpi, clock,
@@ -24,19 +24,20 @@ use crate::lockdown::{self, Role, Stage};
 use crate::memory::{self, GuestMemory, layout};
 use crate::metrics::Source;
 use crate::mmds::Store;
-use crate::resources::{DriveFiles, Resources, VsockSockets};
+use crate::resources::{DriveBackend, Resources, VsockSockets};
 use crate::vcpu::{self, Buses, VcpuThread};
 use crate::virtio::pmem::PmemFile;
 use crate::virtio::rate_limiter::LimiterOptions;
 use crate::virtio::transport::mmio;
 use crate::virtio::{
-    self, Balloon, Block, BlockOptions, DeviceWorker, Entropy, Net, VirtioDevice, Vsock,
-    VsockOptions, balloon, block, net, vsock,
+    Balloon, DeviceWorker, Entropy, Net, VirtioDevice, Vsock, VsockOptions, balloon, block, net,
+    vhost_user, vsock,
 };
 
 mod attached;
 mod command_line;
 mod console;
+mod drives;
 mod network;
 pub mod placement;
 mod pmem;
@@ -91,6 +92,9 @@ pub enum Error {
     /// The metadata service cannot be made.
     #[error("metadata service: {0}")]
     Metadata(#[source] io::Error),
+    /// A vhost-user device cannot be used.
+    #[error(transparent)]
+    VhostUser(#[from] vhost_user::Error),
     /// The socket device cannot be used.
     #[error(transparent)]
     Vsock(#[from] vsock::Error),
@@ -99,7 +103,7 @@ pub enum Error {
     Balloon(#[from] balloon::Error),
     /// Persistent memory cannot be used.
     #[error(transparent)]
-    Pmem(#[from] virtio::pmem::Error),
+    Pmem(#[from] crate::virtio::pmem::Error),
     /// A device's eventfds could not be made.
     #[error(transparent)]
     Transport(#[from] mmio::Error),
@@ -196,6 +200,7 @@ pub fn build(config: &Config, resources: Resources, options: Options) -> Result<
         taps,
         vsock,
         metadata,
+        fs,
     } = resources;
     let max_vcpus = config.machine_config.max_vcpus();
     let pit = config.machine_config.pit;
@@ -206,7 +211,11 @@ pub fn build(config: &Config, resources: Resources, options: Options) -> Result<
     if config.machine_config.numa_nodes.len() > 1 {
         cpuid.without_shared_caches();
     }
-    let memory = memory::allocate(config.memory_size())?;
+    let memory = if config.shares_memory() {
+        memory::allocate_shared(config.memory_size())?
+    } else {
+        memory::allocate(config.memory_size())?
+    };
     placement::bind_memory(&memory, &config.machine_config)?;
     let address_bits = cpuid.physical_address_bits();
     vm.set_memory(&memory, address_bits)?;
@@ -229,6 +238,7 @@ pub fn build(config: &Config, resources: Resources, options: Options) -> Result<
         devices.push(Box::new(device));
     }
     devices.extend(panel.console.as_ref().map(ConsolePanel::device));
+    devices.extend(drives::directories(config, fs)?);
     let counting = devices.iter().filter_map(|device| device.metrics());
     panel.metrics.extend(counting);
     let devices = if options.enable_pci {
@@ -311,13 +321,13 @@ fn panel(
 /// The virtio devices in the order of their windows.
 fn virtio_devices(
     config: &Config,
-    drives: Vec<DriveFiles>,
+    drives: Vec<DriveBackend>,
     cards: Vec<Net>,
     vsock: Option<VsockSockets>,
 ) -> Result<Vec<Box<dyn VirtioDevice>>, Error> {
     let mut devices: Vec<Box<dyn VirtioDevice>> = Vec::with_capacity(config.device_count());
     for (drive, files) in config.drives_in_order().zip(drives) {
-        devices.push(Box::new(Block::new(drive_options(drive, files))?));
+        devices.push(drives::device(drive, files)?);
     }
     for card in cards {
         devices.push(Box::new(card));
@@ -337,32 +347,6 @@ fn virtio_devices(
         devices.push(Box::new(Entropy::new(limits(entropy.rate_limiter))));
     }
     Ok(devices)
-}
-
-fn drive_options(drive: &Drive, files: DriveFiles) -> BlockOptions {
-    let layer = files.layer.zip(drive.copy_on_write.as_ref());
-    BlockOptions {
-        id: drive.drive_id.clone(),
-        file: files.image,
-        read_only: drive.is_read_only,
-        layer: layer.map(|(file, layer)| block::LayerOptions {
-            file,
-            // Bounded by the config's check.
-            most: layer.size_mib.saturating_mul(1 << 20),
-        }),
-        queues: drive.queues.unwrap_or(1),
-        engine: match drive.io_engine.unwrap_or_default() {
-            IoEngine::Sync => block::Engine::Sync,
-            IoEngine::Async => block::Engine::Async,
-            IoEngine::Auto => block::Engine::Auto,
-        },
-        cache: match drive.cache_type {
-            CacheType::Unsafe => virtio::CacheType::Unsafe,
-            CacheType::Writeback => virtio::CacheType::Writeback,
-        },
-        discard: drive.discard,
-        limits: limits(drive.rate_limiter),
-    }
 }
 
 fn limits(configured: Option<RateLimiter>) -> LimiterOptions {

@@ -19,12 +19,15 @@ use casemate_broker::{
 };
 use thiserror::Error;
 
-use crate::config::{self, Config, Drive};
+use crate::config::{self, Config};
 use crate::lockdown::{self, Role, Stage};
 use crate::mmds::{self, Store};
 
 mod append;
+mod drive;
 mod tap;
+
+pub use drive::DriveBackend;
 
 /// How long the broker may take for an answer during setup.
 const BROKER_PATIENCE: Duration = Duration::from_secs(5);
@@ -100,7 +103,7 @@ pub struct Resources {
     /// The initial RAM disk.
     pub initrd: Option<File>,
     /// One for each of [`Config::drives_in_order`].
-    pub drives: Vec<DriveFiles>,
+    pub drives: Vec<DriveBackend>,
     /// One for each of the config's persistent memory devices.
     pub pmem: Vec<File>,
     /// The queues of a tap for each of the config's network interfaces.
@@ -109,14 +112,8 @@ pub struct Resources {
     pub vsock: Option<VsockSockets>,
     /// What the metadata service shows.
     pub metadata: Arc<Store>,
-}
-
-/// What a block device works with.
-pub struct DriveFiles {
-    /// Its image.
-    pub image: File,
-    /// What takes its writes, if not the image.
-    pub layer: Option<File>,
+    /// One for each of the config's shared directories.
+    pub fs: Vec<UnixStream>,
 }
 
 /// What a vsock device works with.
@@ -248,6 +245,8 @@ impl Source {
         let taps = config.network_interfaces.iter();
         let taps = taps.map(|network| self.taps(&network.host_dev_name, network.queues));
         let taps = taps.collect::<Result<_, _>>()?;
+        let fs = config.fs.iter().map(|fs| self.back_end(&fs.socket));
+        let fs = fs.collect::<Result<_, _>>()?;
         // The listener last: without a jail it leaves a name behind.
         let vsock = match &config.vsock {
             Some(vsock) => Some(VsockSockets {
@@ -269,6 +268,7 @@ impl Source {
             taps,
             vsock,
             metadata: Arc::new(Store::new(mmds::DEFAULT_LIMIT)),
+            fs,
         })
     }
 
@@ -307,19 +307,6 @@ impl Source {
         };
         check_file(what, name, &file)?;
         Ok(file)
-    }
-
-    fn drive(&mut self, drive: &Drive) -> Result<DriveFiles, Error> {
-        // A drive without an image has been refused.
-        let path = drive.path_on_host.as_deref().unwrap_or_default();
-        let layer = drive.copy_on_write.as_ref();
-        let write = !drive.is_read_only && layer.is_none();
-        let image = self.file("drive", path, write)?;
-        let layer = layer.map(|layer| self.file("layer of a drive", &layer.path_on_host, true));
-        Ok(DriveFiles {
-            image,
-            layer: layer.transpose()?,
-        })
     }
 
     /// The queues of a tap. In the hand-over the first has the tap's name, the others with `:1`,

@@ -162,6 +162,9 @@ fn hostile_numbers_are_refused() {
 #[test]
 fn a_descriptor_must_be_what_its_kind_says() {
     let (stream, _other) = std::os::unix::net::UnixStream::pair().unwrap();
+    let directory = tempfile::tempdir().unwrap();
+    let listener = UnixListener::bind(directory.path().join("socket")).unwrap();
+    let network = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let cases = [
         (open("/dev/null", OFlag::O_RDWR), Kind::Kvm),
         (open("/dev/null", OFlag::O_RDWR), Kind::Tap),
@@ -180,6 +183,9 @@ fn a_descriptor_must_be_what_its_kind_says() {
         (open("/etc/passwd", OFlag::O_RDONLY), Kind::Log),
         (open("/etc/passwd", OFlag::O_RDONLY), Kind::Broker),
         (stream.as_raw_fd(), Kind::Listener),
+        (listener.into_raw_fd(), Kind::Stream),
+        (network.into_raw_fd(), Kind::Stream),
+        (open("/etc/passwd", OFlag::O_RDONLY), Kind::Stream),
         (stream.into_raw_fd(), Kind::Broker),
     ];
     for (number, kind) in cases {

@@ -14,6 +14,7 @@ mod numa;
 mod pci;
 mod pmem;
 mod runtime;
+mod vhost_user;
 mod vsock;
 
 /// The probe, with devices in MMIO windows.

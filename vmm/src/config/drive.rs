@@ -147,9 +147,4 @@ impl Drive {
         }
         Ok(())
     }
-
-    /// What of it this VMM does not do yet.
-    pub(super) fn unsupported(&self) -> Option<&'static str> {
-        self.socket.as_ref().map(|_| "drives[].socket")
-    }
 }

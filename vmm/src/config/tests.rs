@@ -165,6 +165,36 @@ fn knows_engines_queues_and_layers_of_drives() {
 }
 
 #[test]
+fn knows_devices_that_another_process_works_for() {
+    let shares = |extra: &str| {
+        let config = Config::from_json(with(extra).as_bytes()).unwrap();
+        (config.shares_memory(), config.device_count())
+    };
+    assert_eq!(shares(""), (false, 0));
+    let drive = r#","drives":[{"drive_id":"a","socket":"/a"}]"#;
+    assert_eq!(shares(drive), (true, 1));
+    let fs = r#","fs":[{"tag":"a","socket":"/a"},{"tag":"b","socket":"/b"}]"#;
+    assert_eq!(shares(fs), (true, 2));
+    for (bad, field) in [
+        (r#"{"tag":"","socket":"/a"}"#, "fs[].tag"),
+        (r#"{"tag":"a b","socket":"/a"}"#, "fs[].tag"),
+        (r#"{"tag":"a","socket":""}"#, "fs[].socket"),
+        (
+            r#"{"tag":"a","socket":"/a"},{"tag":"a","socket":"/b"}"#,
+            "used twice",
+        ),
+        (
+            r#"{"tag":"a","socket":"/a"},{"tag":"b","socket":"/a"}"#,
+            "used twice",
+        ),
+    ] {
+        refused_with(&with(&format!(r#","fs":[{bad}]"#)), &[field]);
+    }
+    let long = format!(r#","fs":[{{"tag":"{}","socket":"/a"}}]"#, "a".repeat(37));
+    refused_with(&with(&long), &["fs[].tag"]);
+}
+
+#[test]
 fn names_what_is_not_supported_yet() {
     for (extra, field) in [
         (r#","cpu-config":{}"#, "`cpu-config`"),
@@ -174,10 +204,6 @@ fn names_what_is_not_supported_yet() {
         (
             r#","memory-hotplug":{"total_size_mib":128}"#,
             "`memory-hotplug`",
-        ),
-        (
-            r#","drives":[{"drive_id":"a","socket":"/a"}]"#,
-            "drives[].socket",
         ),
     ] {
         refused_with(&with(extra), &[field, "not supported yet"]);

@@ -6,9 +6,12 @@ pub mod iovec;
 pub mod layout;
 pub mod numa;
 pub mod release;
+mod shared;
+
+use std::sync::Arc;
 
 use thiserror::Error;
-use vm_memory::GuestAddress;
+use vm_memory::{FileOffset, GuestAddress};
 
 /// The guest's memory. Cloning it is cheap: the mappings are shared.
 pub type GuestMemory = vm_memory::GuestMemoryMmap<()>;
@@ -24,6 +27,18 @@ pub enum Error {
         /// What the host said.
         source: vm_memory::mmap::FromRangesError,
     },
+    /// The host gives no memory that another process could map, too.
+    #[error(
+        "the host gives no {mib} MiB of memory to share with a vhost-user back-end: {source}{hint}"
+    )]
+    Share {
+        /// How much was wanted.
+        mib: u64,
+        /// What the host said.
+        source: nix::errno::Errno,
+        /// What to do, where that is known.
+        hint: &'static str,
+    },
     /// Beyond what this program can address.
     #[error("{0} MiB of guest memory are more than can be addressed; use less (`mem_size_mib`)")]
     TooLarge(u64),
@@ -37,15 +52,44 @@ pub enum Error {
 /// When the host refuses the mapping.
 pub fn allocate(size: u64) -> Result<GuestMemory, Error> {
     let mib = size >> 20;
+    GuestMemory::from_ranges(&regions(size)?).map_err(|source| Error::Map { mib, source })
+}
+
+/// As [`allocate`], but in a memfd that other processes can map, and that nobody can shorten.
+///
+/// # Errors
+/// When the host refuses the memfd, its size or the mapping.
+pub fn allocate_shared(size: u64) -> Result<GuestMemory, Error> {
+    let mib = size >> 20;
+    let file = shared::memfd(size).map_err(|source| Error::Share {
+        mib,
+        source,
+        hint: match source {
+            nix::errno::Errno::EFBIG => "; allow it (`--resource-limit fsize=BYTES`)",
+            _ => "",
+        },
+    })?;
+    let mut offset = 0;
+    let files = regions(size)?.into_iter().map(|(start, len)| {
+        let place = FileOffset::from_arc(Arc::clone(&file), offset);
+        offset = offset.saturating_add(len as u64);
+        (start, len, Some(place))
+    });
+    let files: Vec<_> = files.collect();
+    GuestMemory::from_ranges_with_files(files).map_err(|source| Error::Map { mib, source })
+}
+
+/// Where memory of `size` bytes lies in the guest.
+fn regions(size: u64) -> Result<Vec<(GuestAddress, usize)>, Error> {
+    let mib = size >> 20;
     let low = size.min(layout::MMIO_HOLE_START);
     let high = size.saturating_sub(low);
-    let regions = [(0, low), (layout::MMIO_HOLE_END, high)]
+    [(0, low), (layout::MMIO_HOLE_END, high)]
         .into_iter()
         .filter(|(_, size)| *size > 0)
         .map(|(start, size)| Ok((GuestAddress(start), usize::try_from(size)?)))
         .collect::<Result<Vec<_>, std::num::TryFromIntError>>()
-        .map_err(|_| Error::TooLarge(mib))?;
-    GuestMemory::from_ranges(&regions).map_err(|source| Error::Map { mib, source })
+        .map_err(|_| Error::TooLarge(mib))
 }
 
 #[cfg(test)]

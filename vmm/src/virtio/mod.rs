@@ -17,6 +17,7 @@ pub mod queue;
 pub mod rate_limiter;
 pub mod transport;
 pub mod update;
+pub mod vhost_user;
 pub mod vsock;
 pub mod worker;
 
@@ -34,5 +35,6 @@ pub use entropy::Entropy;
 pub use net::{Net, NetOptions};
 pub use pmem::{Pmem, PmemOptions};
 pub use transport::mmio::MmioTransport;
+pub use vhost_user::{VhostUser, VhostUserOptions};
 pub use vsock::{Vsock, VsockOptions};
 pub use worker::{DeviceWorker, WorkerHandle};

@@ -3,6 +3,7 @@
 mod balloon;
 mod blk;
 mod console;
+mod fs;
 mod net;
 mod pit;
 mod pmem;
@@ -27,6 +28,7 @@ pub fn run(name: &str, cmdline: &Cmdline) -> Result<(), Failure> {
         }
         "serial" => serial::run(),
         "balloon" => balloon::run(cmdline),
+        "fs" => fs::run(cmdline),
         "blk" => blk::run(cmdline),
         "console" => console::run(cmdline),
         "rng" => rng::run(cmdline),

@@ -1,0 +1,47 @@
+//! Files of drives, and connections to what serves drives and shared directories.
+
+use std::fs::File;
+use std::os::unix::net::UnixStream;
+
+use casemate_broker::Kind;
+
+use super::{Error, Source, open};
+use crate::config::Drive;
+
+/// What a block device works with.
+pub enum DriveBackend {
+    /// A file.
+    Image {
+        /// The file.
+        image: File,
+        /// What takes its writes, if not the image.
+        layer: Option<File>,
+    },
+    /// Another process.
+    Socket(UnixStream),
+}
+
+impl Source {
+    /// Connected to a vhost-user back-end.
+    pub(super) fn back_end(&mut self, name: &str) -> Result<UnixStream, Error> {
+        let what = "vhost-user back-end";
+        match self {
+            Self::Direct => UnixStream::connect(name).map_err(|source| open(what, name, source)),
+            Self::Jailed(jail) => jail.take(what, name, Kind::Stream).map(UnixStream::from),
+        }
+    }
+
+    pub(super) fn drive(&mut self, drive: &Drive) -> Result<DriveBackend, Error> {
+        if let Some(socket) = &drive.socket {
+            return Ok(DriveBackend::Socket(self.back_end(socket)?));
+        }
+        // A drive with neither has been refused.
+        let path = drive.path_on_host.as_deref().unwrap_or_default();
+        let layer = drive.copy_on_write.as_ref();
+        let write = !drive.is_read_only && layer.is_none();
+        let image = self.file("drive", path, write)?;
+        let layer = layer.map(|layer| self.file("layer of a drive", &layer.path_on_host, true));
+        let layer = layer.transpose()?;
+        Ok(DriveBackend::Image { image, layer })
+    }
+}
