@@ -36,6 +36,8 @@ pub enum Command {
     Inspect(InspectArgs),
     /// Show what this host offers, what it means and how to mend it
     Doctor(DoctorArgs),
+    /// Print a VMM's metrics as Prometheus text
+    Metrics(MetricsArgs),
     /// Remove what killed runs left behind
     Gc,
     /// Register, list and remove guest kernels
@@ -44,6 +46,13 @@ pub enum Command {
     /// Carry bytes between a guest and the terminal (started by `run`)
     #[command(hide = true)]
     Monitor(MonitorArgs),
+}
+
+/// `casemate metrics`.
+#[derive(Debug, Args)]
+pub struct MetricsArgs {
+    /// What the VMM's `--metrics-path` names; `-` is standard input
+    pub file: PathBuf,
 }
 
 /// `casemate run`.

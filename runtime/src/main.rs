@@ -5,6 +5,7 @@ mod cli;
 mod doctor;
 mod inspect;
 mod kernels;
+mod metrics;
 mod monitor;
 mod places;
 mod ps;
@@ -43,6 +44,7 @@ fn main() -> ExitCode {
         Command::Ps(args) => written(ps::run(&args)),
         Command::Inspect(args) => done(inspect::run(&args.id, args.json)),
         Command::Doctor(args) => written(doctor::run(args.json)),
+        Command::Metrics(args) => done(metrics::run(&args.file)),
         Command::Gc => done(gc()),
         Command::Kernel(args) => done(kernels::cli(&args.args)),
         Command::Monitor(args) => done(monitor::main(&args)),
