@@ -17,7 +17,10 @@ use thiserror::Error;
 pub use self::balloon::Balloon;
 pub use self::boot_source::{BootSource, DEFAULT_BOOT_ARGS};
 pub use self::console::Console;
-pub use self::cpu::{CpuConfig, CpuTemplate};
+pub use self::cpu::{
+    Bitmap, CpuConfig, CpuTemplate, CpuidModifier, CpuidRegister, CpuidRegisterModifier,
+    KvmCapability, MsrModifier,
+};
 pub use self::drive::{CacheType, CopyOnWrite, Drive, IoEngine, MAX_DRIVE_QUEUES};
 pub use self::entropy::Entropy;
 pub use self::fs::Fs;
@@ -226,12 +229,9 @@ impl Config {
 
     fn refuse_unsupported(&self) -> Result<(), Error> {
         let found = [
-            self.cpu_config.as_ref().and_then(CpuConfig::unsupported),
-            self.logger.as_ref().and_then(Logger::unsupported),
             self.memory_hotplug
                 .as_ref()
                 .and_then(MemoryHotplug::unsupported),
-            self.metrics.as_ref().and_then(Metrics::unsupported),
             self.serial.as_ref().and_then(Serial::unsupported),
             self.machine_config.unsupported(),
         ];

@@ -9,6 +9,7 @@ pub mod boot;
 pub mod bus;
 pub mod config;
 pub mod control;
+pub mod cpu_template;
 pub mod devices;
 pub mod ending;
 pub mod event_loop;
@@ -37,6 +38,9 @@ pub enum Error {
     /// The jailer's table.
     #[error("--handover-fd: {0}")]
     Handover(#[from] casemate_broker::HandoverError),
+    /// The log's section of the config.
+    #[error("logger.module: {0}")]
+    Logger(#[from] logging::FilterError),
     /// The config, or what it names.
     #[error(transparent)]
     Resources(#[from] resources::Error),

@@ -11,6 +11,7 @@ use thiserror::Error;
 use crate::boot::{self, GedInfo, MachineDescription};
 use crate::bus::{self, Bus};
 use crate::config::{Config, RateLimiter};
+use crate::cpu_template::{self, Template};
 use crate::devices::boot_timer::{BootTimer, Moment};
 use crate::devices::{
     AcpiRegisters, ClockPage, Generation, I8042, SerialPort, VcpuRegisters, acpi, clock,
@@ -55,6 +56,9 @@ pub enum Error {
     /// KVM refused something.
     #[error(transparent)]
     Kvm(#[from] kvm::Error),
+    /// The CPU template cannot be used.
+    #[error(transparent)]
+    CpuTemplate(#[from] cpu_template::Error),
     /// There is not that much memory.
     #[error(transparent)]
     Memory(#[from] memory::Error),
@@ -201,21 +205,28 @@ pub fn build(config: &Config, resources: Resources, options: Options) -> Result<
         vsock,
         metadata,
         fs,
+        free_huge_pages,
     } = resources;
     let max_vcpus = config.machine_config.max_vcpus();
     let pit = config.machine_config.pit;
 
     // First of all, while little is mapped; and memory before anything sits on KVM's buses.
     let mut vm = Vm::new(kvm)?;
-    let mut cpuid = MachineCpuid::new(&vm.supported_cpuid()?, max_vcpus, vm.has_tsc_deadline());
+    let supported = vm.supported_cpuid()?;
+    let template = Template::of(config, &vm, &supported)?;
+    template.warn();
+    let supported = template.apply(&supported)?;
+    let mut cpuid = MachineCpuid::new(&supported, max_vcpus, vm.has_tsc_deadline());
     if config.machine_config.numa_nodes.len() > 1 {
         cpuid.without_shared_caches();
     }
-    let memory = if config.shares_memory() {
-        memory::allocate_shared(config.memory_size())?
-    } else {
-        memory::allocate(config.memory_size())?
+    let memory = memory::Options {
+        huge_pages: config.machine_config.huge_pages,
+        track_dirty_pages: config.machine_config.track_dirty_pages,
+        free_huge_pages,
+        shared: config.shares_memory(),
     };
+    let memory = memory::allocate_with(config.memory_size(), memory)?;
     placement::bind_memory(&memory, &config.machine_config)?;
     let address_bits = cpuid.physical_address_bits();
     vm.set_memory(&memory, address_bits)?;
@@ -226,6 +237,7 @@ pub fn build(config: &Config, resources: Resources, options: Options) -> Result<
     let vcpus = vm.create_vcpus(max_vcpus)?;
     for vcpu in &vcpus {
         vcpu.set_features(&cpuid.of_vcpu(vcpu.id())?)?;
+        vcpu.change_msrs(&template.msr_changes())?;
     }
     vm.set_gsi_routing(pit)?;
 

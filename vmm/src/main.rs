@@ -7,6 +7,7 @@ use std::process::exit;
 use casemate_broker::exit::BAD_INPUT;
 use casemate_broker::{Handover, Kind};
 use casemate_vmm::arguments::{self, Arguments, RunArguments};
+use casemate_vmm::config::Config;
 use casemate_vmm::control::Control;
 use casemate_vmm::devices::boot_timer::Moment;
 use casemate_vmm::ending::End;
@@ -82,19 +83,17 @@ fn run(arguments: &RunArguments) -> Result<End, Error> {
         log_file,
     );
     let config = source.config(&arguments.config_file)?;
-    let metrics_file = arguments.metrics_path.as_deref();
-    let metrics_file = metrics_file.map(|path| source.append("metrics", path));
-    let metrics_file = metrics_file.transpose()?;
+    if let Some(logger) = &config.logger {
+        let file = logger.log_path.as_deref();
+        let file = file.map(|path| source.append("log", path)).transpose()?;
+        logging::apply(logger, file)?;
+    }
+    let reporter = reporter(arguments, &config, &mut source)?;
     let metadata = source.metadata(arguments.metadata.as_deref(), arguments.mmds_size_limit)?;
     let mut resources = source.open(&config)?;
     resources.metadata = metadata;
     if !jailed {
         lock_down()?;
-    }
-    let mut reporter = Reporter::new(logging::metrics());
-    reporter.report_start(arguments.start_times);
-    if let Some(file) = metrics_file {
-        reporter.start(file, metrics::Options::default());
     }
     let options = machine::Options {
         boot_timer: arguments.boot_timer.then_some(start),
@@ -106,6 +105,26 @@ fn run(arguments: &RunArguments) -> Result<End, Error> {
         warn!("there is no jail around this machine: start it with casemate-jailer");
     }
     control.run(machine)
+}
+
+/// The metrics, which go where the command line says or else the config.
+fn reporter(
+    arguments: &RunArguments,
+    config: &Config,
+    source: &mut Source,
+) -> Result<Reporter, Error> {
+    let mut reporter = Reporter::new(logging::metrics());
+    reporter.report_start(arguments.start_times);
+    let (path, options) = match (&arguments.metrics_path, &config.metrics) {
+        (Some(path), _) => (path, metrics::Options::default()),
+        (None, Some(section)) => {
+            let options = metrics::Options::of(section, arguments.id.as_str());
+            (&section.metrics_path, options)
+        }
+        (None, None) => return Ok(reporter),
+    };
+    reporter.start(source.append("metrics", path)?, options);
+    Ok(reporter)
 }
 
 /// Everything is open: from here on nothing can be opened any more.

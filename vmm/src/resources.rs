@@ -19,8 +19,9 @@ use casemate_broker::{
 };
 use thiserror::Error;
 
-use crate::config::{self, Config};
+use crate::config::{self, Config, CpuConfig};
 use crate::lockdown::{self, Role, Stage};
+use crate::memory::huge;
 use crate::mmds::{self, Store};
 
 mod append;
@@ -114,6 +115,8 @@ pub struct Resources {
     pub metadata: Arc<Store>,
     /// One for each of the config's shared directories.
     pub fs: Vec<UnixStream>,
+    /// Huge pages that the host has free, where that could be read.
+    pub free_huge_pages: Option<u64>,
 }
 
 /// What a vsock device works with.
@@ -190,19 +193,33 @@ impl Source {
     /// # Errors
     /// When it cannot be opened or is refused.
     pub fn config(&mut self, name: &str) -> Result<Config, Error> {
-        let file = self.file("machine config", name, false)?;
+        let text = self.text("machine config", name)?;
+        let failed = |name: &str| {
+            let name = name.to_owned();
+            move |source| Error::Config { name, source }
+        };
+        let mut config = Config::from_json(&text).map_err(failed(name))?;
+        if let Some(CpuConfig::Path(path)) = &config.cpu_config {
+            let text = self.text("CPU template", path)?;
+            let template = serde_json::from_slice(&text).map_err(config::Error::Json);
+            let template = template.map_err(failed(path))?;
+            config.cpu_config = Some(CpuConfig::Template(template));
+        }
+        Ok(config)
+    }
+
+    /// A file of JSON, whole.
+    fn text(&mut self, what: &'static str, name: &str) -> Result<Vec<u8>, Error> {
+        let file = self.file(what, name, false)?;
         let mut text = Vec::new();
         file.take(config::MAX_FILE_SIZE.saturating_add(1))
             .read_to_end(&mut text)
-            .map_err(|source| open("machine config", name, source))?;
+            .map_err(|source| open(what, name, source))?;
         if text.len() as u64 > config::MAX_FILE_SIZE {
             let name = name.to_owned();
             return Err(Error::ConfigTooLong { name });
         }
-        Config::from_json(&text).map_err(|source| Error::Config {
-            name: name.to_owned(),
-            source,
-        })
+        Ok(text)
     }
 
     /// Opens a file to append lines to, which is made if there is none; or a named pipe. Writing to
@@ -269,6 +286,7 @@ impl Source {
             vsock,
             metadata: Arc::new(Store::new(mmds::DEFAULT_LIMIT)),
             fs,
+            free_huge_pages: huge::free_pages(),
         })
     }
 

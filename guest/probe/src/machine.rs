@@ -6,6 +6,8 @@ const I8042_COMMAND: u16 = 0x64;
 const I8042_RESET: u8 = 0xfe;
 /// The sleep control register: `SLP_TYP` 5 and `SLP_EN` (ACPI 6.5, section 4.8.3.7).
 const SLEEP_CONTROL: u64 = 0xc000_0000;
+/// Where a guest says that it has booted: the same address.
+pub const BOOT_TIMER: u64 = SLEEP_CONTROL;
 const POWER_OFF: u8 = 5 << 2 | 1 << 5;
 /// The reset register and its value.
 const RESET: u64 = 0xc000_0002;

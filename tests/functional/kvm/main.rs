@@ -9,6 +9,7 @@ mod boot;
 mod console;
 mod ending;
 mod entropy;
+mod machine;
 mod net;
 mod numa;
 mod pci;

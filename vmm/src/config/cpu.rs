@@ -15,13 +15,6 @@ pub enum CpuConfig {
     Template(CpuTemplate),
 }
 
-impl CpuConfig {
-    /// What of it this VMM does not do yet.
-    pub(super) fn unsupported(&self) -> Option<&'static str> {
-        Some("cpu-config")
-    }
-}
-
 /// A CPU template.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(deny_unknown_fields)]

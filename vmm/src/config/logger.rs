@@ -20,13 +20,6 @@ pub struct Logger {
     pub module: Option<String>,
 }
 
-impl Logger {
-    /// What of it this VMM does not do yet.
-    pub(super) fn unsupported(&self) -> Option<&'static str> {
-        Some("logger")
-    }
-}
-
 /// A log level: `Off`, `Trace`, `Debug`, `Info`, `Warn` (also `Warning`) or `Error`, in any case.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Level(pub LevelFilter);

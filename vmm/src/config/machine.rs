@@ -133,15 +133,6 @@ impl MachineConfig {
         if self.smt {
             return Some("machine-config.smt");
         }
-        if self.track_dirty_pages {
-            return Some("machine-config.track_dirty_pages");
-        }
-        if self.huge_pages != HugePages::None {
-            return Some("machine-config.huge_pages");
-        }
-        match self.cpu_template {
-            None | Some(NamedCpuTemplate::None) => None,
-            Some(_) => Some("machine-config.cpu_template"),
-        }
+        None
     }
 }

@@ -17,10 +17,3 @@ pub struct Metrics {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub properties: Option<BTreeMap<String, String>>,
 }
-
-impl Metrics {
-    /// What of it this VMM does not do yet.
-    pub(super) fn unsupported(&self) -> Option<&'static str> {
-        Some("metrics")
-    }
-}

@@ -16,6 +16,7 @@ mod vm;
 use thiserror::Error;
 
 pub use kick::{install_kick_handler, kick_signal};
+pub use msr::MsrChange;
 pub use vcpu::{Access, Exit, Vcpu};
 pub use vm::{MsiPort, Vm};
 
@@ -54,6 +55,16 @@ pub enum Error {
     /// The kernel cannot send message-signalled interrupts.
     #[error("KVM: this kernel sends no message-signalled interrupts: start without --enable-pci")]
     NoMsi,
+    /// A register that KVM does not let us change.
+    #[error(
+        "KVM: model-specific register {index:#x} cannot be {action} on this host: remove it from `cpu-config`"
+    )]
+    Msr {
+        /// Its number.
+        index: u32,
+        /// What was tried: "read" or "set to …".
+        action: String,
+    },
     /// A list for KVM is longer than it can be.
     #[error("KVM: too many entries in the {0} table")]
     TooManyEntries(&'static str),

@@ -38,6 +38,46 @@ pub(super) fn set_boot_msrs(vcpu: &VcpuFd) -> Result<(), Error> {
     Ok(())
 }
 
+/// Bits of a register that change.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MsrChange {
+    /// The register.
+    pub index: u32,
+    /// Which bits change.
+    pub mask: u64,
+    /// What they become; none outside the mask.
+    pub value: u64,
+}
+
+/// Changes registers one by one, so that one which KVM refuses can be named.
+///
+/// # Errors
+/// When one of them cannot be read or set.
+pub(super) fn change(vcpu: &VcpuFd, changes: &[MsrChange]) -> Result<(), Error> {
+    for &MsrChange { index, mask, value } in changes {
+        let refused = |action: String| Error::Msr { index, action };
+        let mut list = one(index, 0)?;
+        let read = vcpu.get_msrs(&mut list).map_err(failed("read MSRs"))?;
+        let before = list.as_slice().first().filter(|_| read == 1);
+        let before = before.ok_or_else(|| refused("read".to_owned()))?.data;
+        let after = before & !mask | value;
+        let set = vcpu.set_msrs(&one(index, after)?);
+        if set.map_err(failed("set MSRs"))? != 1 {
+            return Err(refused(format!("set to {after:#x}")));
+        }
+    }
+    Ok(())
+}
+
+fn one(index: u32, data: u64) -> Result<Msrs, Error> {
+    let entry = kvm_msr_entry {
+        index,
+        data,
+        ..Default::default()
+    };
+    Msrs::from_entries(&[entry]).map_err(|_| Error::TooManyEntries("MSR"))
+}
+
 /// Sets `entries` by `set`, which stops at the first one that it refuses and says how many it has set.
 /// Returns those that were refused.
 fn set_each<E>(

@@ -5,7 +5,7 @@ use kvm_bindings::{
 };
 use kvm_ioctls::{SyncReg, VcpuExit, VcpuFd};
 
-use super::{Error, failed, kick, msr, registers};
+use super::{Error, MsrChange, failed, kick, msr, registers};
 use crate::boot::EntryState;
 
 /// Where an x86 processor begins after a reset, within its code segment.
@@ -71,6 +71,14 @@ impl Vcpu {
             .set_cpuid2(cpuid)
             .map_err(failed("set a vCPU's CPUID"))?;
         msr::set_boot_msrs(&self.fd)
+    }
+
+    /// Changes registers as a CPU template asks, after [`Vcpu::set_features`].
+    ///
+    /// # Errors
+    /// When KVM refuses to read or to set one of them.
+    pub fn change_msrs(&self, changes: &[MsrChange]) -> Result<(), Error> {
+        msr::change(&self.fd, changes)
     }
 
     /// Lets the guest's first instruction be the one that `entry` names. For vCPU 0 alone; the others

@@ -5,8 +5,9 @@ use std::os::fd::IntoRawFd;
 use std::sync::Arc;
 
 use kvm_bindings::{
-    CpuId, KVM_CAP_PMU_CAPABILITY, KVM_MEM_READONLY, KVM_PIT_SPEAKER_DUMMY, KVM_PMU_CAP_DISABLE,
-    kvm_enable_cap, kvm_msi, kvm_pit_config, kvm_userspace_memory_region,
+    CpuId, KVM_CAP_PMU_CAPABILITY, KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY,
+    KVM_PIT_SPEAKER_DUMMY, KVM_PMU_CAP_DISABLE, kvm_enable_cap, kvm_msi, kvm_pit_config,
+    kvm_userspace_memory_region,
 };
 use kvm_ioctls::{Cap, IoEventAddress, Kvm, VmFd};
 use log::{debug, warn};
@@ -16,7 +17,7 @@ use vmm_sys_util::eventfd::EventFd;
 use super::vcpu::Vcpu;
 use super::{Error, failed, irq};
 use crate::memory::file_mapping::FileMapping;
-use crate::memory::{GuestMemory, layout};
+use crate::memory::{GuestMemory, dirty, layout};
 
 /// The version of the interface since Linux 2.6.22.
 const API_VERSION: i32 = 12;
@@ -75,6 +76,11 @@ impl Vm {
             .map_err(failed("read the supported CPUID"))
     }
 
+    /// Whether KVM has the capability of this number (KVM_CHECK_EXTENSION).
+    pub fn has_capability(&self, number: u32) -> bool {
+        self.fd.check_extension_raw(number.into()) > 0
+    }
+
     /// Whether the local APIC's timer has a TSC-deadline mode (not in the supported CPUID).
     pub fn has_tsc_deadline(&self) -> bool {
         self.fd.check_extension(Cap::TscDeadlineTimer)
@@ -99,7 +105,11 @@ impl Vm {
                 guest_phys_addr: region.start_addr().raw_value(),
                 memory_size: region.len(),
                 userspace_addr: region.as_ptr() as u64,
-                flags: 0,
+                flags: if dirty::of(region).is_tracking() {
+                    KVM_MEM_LOG_DIRTY_PAGES
+                } else {
+                    0
+                },
             };
             // SAFETY: the region is mapped with this length and stays so as long as `self.memory`,
             // which lives as long as the machine; regions of a GuestMemory do not overlap.
@@ -152,6 +162,27 @@ impl Vm {
                 .map_err(failed("put a file into the guest's address space"))?;
         }
         Ok(())
+    }
+
+    /// The pages of each region that the guest has written since the last call (KVM_GET_DIRTY_LOG), if
+    /// its memory is tracked: one bit each, the first page is bit 0 of the first word. What this
+    /// process wrote is in the region's [`DirtyPages`](crate::memory::DirtyPages).
+    ///
+    /// # Errors
+    /// When the memory is not tracked, or the kernel refuses.
+    pub fn dirty_log(&self) -> Result<Vec<Vec<u64>>, Error> {
+        let regions = self.memory.iter().flat_map(|memory| memory.iter());
+        (0..)
+            .zip(regions)
+            .map(|(slot, region)| {
+                let size = usize::try_from(region.len());
+                let size = size.map_err(|_| Error::TooManyEntries("dirty page"))?;
+                let log = self.fd.get_dirty_log(slot, size);
+                log.map_err(failed(
+                    "read which pages were written (`track_dirty_pages`)",
+                ))
+            })
+            .collect()
     }
 
     /// Creates the local APICs' and the I/O APIC's model, and an i8254 with `pit`.
@@ -295,3 +326,7 @@ impl MsiPort {
         }
     }
 }
+
+#[cfg(test)]
+#[path = "vm_tests.rs"]
+mod tests;

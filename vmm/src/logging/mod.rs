@@ -28,6 +28,7 @@ pub use filter::{Filter, FilterError};
 use limit::{Limiter, Verdict};
 use line::Line;
 
+use crate::config;
 use crate::metrics::fields::LoggerMetrics;
 
 /// Longest line in bytes, its newline included; what is longer is cut. A pipe takes so many in one
@@ -81,7 +82,7 @@ pub fn start(id: String, options: Options, file: Option<File>) {
 }
 
 /// Changes how the log looks; and where it goes, with a `file`. Nothing happens before [`start`].
-pub fn reconfigure(change: impl FnOnce(&mut Options), file: Option<File>) {
+fn reconfigure(change: impl FnOnce(&mut Options), file: Option<File>) {
     let Some(logger) = LOGGER.get() else {
         return;
     };
@@ -96,6 +97,26 @@ pub fn reconfigure(change: impl FnOnce(&mut Options), file: Option<File>) {
     }
     let options = &settings.options;
     log::set_max_level(options.filter.max_level(options.level));
+}
+
+/// Changes what `change` names, and where the log goes if there is a `file`.
+///
+/// # Errors
+/// When its module is none; nothing is changed then.
+pub fn apply(change: &config::Logger, file: Option<File>) -> Result<(), FilterError> {
+    let filter = change.module.as_deref().map(str::parse).transpose()?;
+    let update = |options: &mut Options| {
+        if let Some(level) = change.level {
+            options.level = level.0;
+        }
+        options.show_level = change.show_level.unwrap_or(options.show_level);
+        options.show_origin = change.show_log_origin.unwrap_or(options.show_origin);
+        if let Some(filter) = filter {
+            options.filter = filter;
+        }
+    };
+    reconfigure(update, file);
+    Ok(())
 }
 
 impl Log for Logger {

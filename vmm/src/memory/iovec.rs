@@ -12,6 +12,7 @@ use std::marker::PhantomData;
 use std::os::fd::{AsRawFd, BorrowedFd};
 
 use thiserror::Error;
+use vm_memory::bitmap::Bitmap as _;
 use vm_memory::{GuestAddress, GuestMemory as _, GuestMemoryError, Permissions};
 
 use super::GuestMemory;
@@ -99,6 +100,9 @@ impl IoVecBuffer {
                 .map_err(bad)?
             {
                 let slice = slice.map_err(bad)?;
+                if access != Permissions::Read {
+                    slice.bitmap().mark_dirty(0, slice.len());
+                }
                 if self.pieces.len() == MAX_PIECES {
                     return Err(Error::TooMany);
                 }

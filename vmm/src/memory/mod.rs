@@ -1,7 +1,9 @@
 //! Guest memory: where it lies in the guest and what backs it on the host.
 
+pub mod dirty;
 pub mod file_mapping;
 pub mod heap;
+pub mod huge;
 pub mod iovec;
 pub mod layout;
 pub mod numa;
@@ -10,11 +12,30 @@ mod shared;
 
 use std::sync::Arc;
 
+use log::warn;
 use thiserror::Error;
-use vm_memory::{FileOffset, GuestAddress};
+use vm_memory::mmap::{MmapRegionBuilder, MmapRegionError};
+use vm_memory::{FileOffset, GuestAddress, GuestRegionCollectionError, GuestRegionMmap};
+
+pub use self::dirty::DirtyPages;
+use self::huge::HUGE_PAGE;
+pub use crate::config::HugePages;
 
 /// The guest's memory. Cloning it is cheap: the mappings are shared.
-pub type GuestMemory = vm_memory::GuestMemoryMmap<()>;
+pub type GuestMemory = vm_memory::GuestMemoryMmap<DirtyPages>;
+
+/// What the memory is made of.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Options {
+    /// Its pages.
+    pub huge_pages: HugePages,
+    /// Whether to keep which pages are written.
+    pub track_dirty_pages: bool,
+    /// How many huge pages the host has free, where that is known: for the error.
+    pub free_huge_pages: Option<u64>,
+    /// Whether it is in a memfd that other processes can map, and that nobody can shorten.
+    pub shared: bool,
+}
 
 /// Why there is no memory.
 #[derive(Debug, Error)]
@@ -25,7 +46,7 @@ pub enum Error {
         /// How much was wanted.
         mib: u64,
         /// What the host said.
-        source: vm_memory::mmap::FromRangesError,
+        source: MmapRegionError,
     },
     /// The host gives no memory that another process could map, too.
     #[error(
@@ -39,6 +60,32 @@ pub enum Error {
         /// What to do, where that is known.
         hint: &'static str,
     },
+    /// Pages of the pool are not shared.
+    #[error(
+        "`huge_pages` \"2M\" and a vhost-user back-end do not go together yet: use other `huge_pages`, or no back-end"
+    )]
+    SharedHugePages,
+    /// The host's pool of huge pages is too small.
+    #[error(
+        "the guest's memory needs {needed} huge pages of 2 MiB, and {}: reserve them (sysctl vm.nr_hugepages), or use less memory or other `huge_pages`: {source}",
+        .free.map_or("the host has too few free".to_owned(), |free| format!("the host has {free} free"))
+    )]
+    HugePages {
+        /// How many are needed.
+        needed: u64,
+        /// How many there are, where that is known.
+        free: Option<u64>,
+        /// What the host said.
+        source: MmapRegionError,
+    },
+    /// Regions that do not fit together.
+    #[error("cannot put {mib} MiB of guest memory together: {source}")]
+    Regions {
+        /// How much was wanted.
+        mib: u64,
+        /// Why.
+        source: GuestRegionCollectionError,
+    },
     /// Beyond what this program can address.
     #[error("{0} MiB of guest memory are more than can be addressed; use less (`mem_size_mib`)")]
     TooLarge(u64),
@@ -51,17 +98,21 @@ pub enum Error {
 /// # Errors
 /// When the host refuses the mapping.
 pub fn allocate(size: u64) -> Result<GuestMemory, Error> {
-    let mib = size >> 20;
-    GuestMemory::from_ranges(&regions(size)?).map_err(|source| Error::Map { mib, source })
+    allocate_with(size, Options::default())
 }
 
-/// As [`allocate`], but in a memfd that other processes can map, and that nobody can shorten.
+/// The same, with other pages. Those of the host's pool are reserved at once, so that a guest which
+/// touches them finds them.
 ///
 /// # Errors
-/// When the host refuses the memfd, its size or the mapping.
-pub fn allocate_shared(size: u64) -> Result<GuestMemory, Error> {
+/// When the host refuses the mapping.
+pub fn allocate_with(size: u64, options: Options) -> Result<GuestMemory, Error> {
     let mib = size >> 20;
-    let file = shared::memfd(size).map_err(|source| Error::Share {
+    if options.shared && options.huge_pages == HugePages::TwoMegabytes {
+        return Err(Error::SharedHugePages);
+    }
+    let file = options.shared.then(|| shared::memfd(size)).transpose();
+    let file = file.map_err(|source| Error::Share {
         mib,
         source,
         hint: match source {
@@ -69,27 +120,70 @@ pub fn allocate_shared(size: u64) -> Result<GuestMemory, Error> {
             _ => "",
         },
     })?;
-    let mut offset = 0;
-    let files = regions(size)?.into_iter().map(|(start, len)| {
-        let place = FileOffset::from_arc(Arc::clone(&file), offset);
-        offset = offset.saturating_add(len as u64);
-        (start, len, Some(place))
-    });
-    let files: Vec<_> = files.collect();
-    GuestMemory::from_ranges_with_files(files).map_err(|source| Error::Map { mib, source })
-}
-
-/// Where memory of `size` bytes lies in the guest.
-fn regions(size: u64) -> Result<Vec<(GuestAddress, usize)>, Error> {
-    let mib = size >> 20;
     let low = size.min(layout::MMIO_HOLE_START);
     let high = size.saturating_sub(low);
-    [(0, low), (layout::MMIO_HOLE_END, high)]
+    let regions = [(0, low, 0), (layout::MMIO_HOLE_END, high, low)]
         .into_iter()
-        .filter(|(_, size)| *size > 0)
-        .map(|(start, size)| Ok((GuestAddress(start), usize::try_from(size)?)))
-        .collect::<Result<Vec<_>, std::num::TryFromIntError>>()
-        .map_err(|_| Error::TooLarge(mib))
+        .filter(|(_, size, _)| *size > 0)
+        .map(|(start, length, offset)| {
+            let place = file.as_ref();
+            let place = place.map(|file| FileOffset::from_arc(Arc::clone(file), offset));
+            region(GuestAddress(start), length, place, size, options)
+        })
+        .collect::<Result<Vec<_>, _>>()?;
+    let memory = GuestMemory::from_regions(regions);
+    let memory = memory.map_err(|source| Error::Regions { mib, source })?;
+    if options.huge_pages == HugePages::Transparent
+        && let Err(error) = huge::advise_all(&memory)
+    {
+        warn!("the host has no transparent huge pages: {error}");
+    }
+    Ok(memory)
+}
+
+/// One mapping, of the `all` bytes of a guest.
+fn region(
+    start: GuestAddress,
+    length: u64,
+    place: Option<FileOffset>,
+    all: u64,
+    options: Options,
+) -> Result<GuestRegionMmap<DirtyPages>, Error> {
+    let mib = all >> 20;
+    let length = usize::try_from(length).map_err(|_| Error::TooLarge(mib))?;
+    let pool = options.huge_pages == HugePages::TwoMegabytes;
+    let flags = match (&place, pool) {
+        (Some(_), _) => libc::MAP_SHARED | libc::MAP_NORESERVE,
+        (None, false) => libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE,
+        (None, true) => {
+            libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_HUGETLB | libc::MAP_HUGE_2MB
+        }
+    };
+    let pages = if options.track_dirty_pages {
+        DirtyPages::tracking(length)
+    } else {
+        DirtyPages::default()
+    };
+    let mut mapping = MmapRegionBuilder::new_with_bitmap(length, pages)
+        .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
+        .with_mmap_flags(flags);
+    if let Some(place) = place {
+        mapping = mapping.with_file_offset(place);
+    }
+    let mapping = mapping.build();
+    let mapping = mapping.map_err(|source| {
+        if pool {
+            let (needed, free) = (all.div_ceil(HUGE_PAGE), options.free_huge_pages);
+            Error::HugePages {
+                needed,
+                free,
+                source,
+            }
+        } else {
+            Error::Map { mib, source }
+        }
+    })?;
+    GuestRegionMmap::new(mapping, start).ok_or(Error::TooLarge(mib))
 }
 
 #[cfg(test)]
@@ -117,5 +211,84 @@ mod tests {
         // More than the address space of any x86-64 process with four-level paging.
         let error = allocate(1 << 48).unwrap_err().to_string();
         assert!(error.contains("268435456 MiB"), "{error}");
+    }
+
+    /// The lines of /proc/self/smaps for the mapping that holds `address`.
+    fn smaps(address: usize) -> String {
+        let all = std::fs::read_to_string("/proc/self/smaps").unwrap();
+        let mut found = String::new();
+        let mut inside = false;
+        for line in all.lines() {
+            let range = line.split(' ').next().and_then(|word| word.split_once('-'));
+            let hex = |text: &str| usize::from_str_radix(text, 16).ok();
+            if let Some((Some(start), Some(end))) = range.map(|(a, b)| (hex(a), hex(b))) {
+                inside = (start..end).contains(&address);
+            }
+            if inside {
+                found.push_str(line);
+                found.push('\n');
+            }
+        }
+        found
+    }
+
+    #[test]
+    fn transparent_huge_pages_are_asked_for() {
+        use vm_memory::Bytes as _;
+        let flags = |huge_pages| {
+            let options = Options {
+                huge_pages,
+                ..Options::default()
+            };
+            let memory = allocate_with(16 << 20, options).unwrap();
+            memory
+                .write_slice(&vec![1; 16 << 20], GuestAddress(0))
+                .unwrap();
+            let address = memory.iter().next().unwrap().as_ptr() as usize;
+            smaps(address + (8 << 20))
+        };
+        let (plain, huge) = (flags(HugePages::None), flags(HugePages::Transparent));
+        let advised = |text: &str| {
+            let line = text.lines().find(|line| line.starts_with("VmFlags:"));
+            line.unwrap().split_whitespace().any(|flag| flag == "hg")
+        };
+        assert!(!advised(&plain), "{plain}");
+        assert!(advised(&huge), "{huge}");
+    }
+
+    #[test]
+    fn a_pool_that_is_too_small_is_named() {
+        let options = Options {
+            huge_pages: HugePages::TwoMegabytes,
+            free_huge_pages: Some(3),
+            ..Options::default()
+        };
+        // 1 TiB: no host of this test has reserved so much.
+        let error = allocate_with(1 << 40, options).unwrap_err().to_string();
+        assert!(error.contains("needs 524288 huge pages"), "{error}");
+        assert!(
+            error.contains("has 3 free") && error.contains("vm.nr_hugepages"),
+            "{error}"
+        );
+    }
+
+    #[test]
+    fn writes_are_tracked_where_that_is_asked_for() {
+        use vm_memory::Bytes as _;
+        let write = |track_dirty_pages| {
+            let options = Options {
+                track_dirty_pages,
+                ..Options::default()
+            };
+            let memory = allocate_with(1 << 20, options).unwrap();
+            memory.write_slice(&[1; 10], GuestAddress(0x5ffb)).unwrap();
+            memory.write_obj(1_u64, GuestAddress(0x4_0000)).unwrap();
+            let region = memory.iter().next().unwrap();
+            (dirty::of(region).take(), dirty::of(region).take())
+        };
+        let (first, second) = write(true);
+        assert_eq!(first, [1 << 5 | 1 << 6, 1, 0, 0]);
+        assert_eq!(second, [0; 4], "taken");
+        assert_eq!(write(false), (vec![], vec![]));
     }
 }

@@ -13,7 +13,8 @@ use vm_memory::{
     GuestAddress, GuestMemoryBackend as _, GuestMemoryRegion as _, MemoryRegionAddress, Permissions,
 };
 
-use super::GuestMemory;
+use super::{DirtyPages, GuestMemory, dirty};
+use vm_memory::bitmap::Bitmap as _;
 
 /// What the host gives and takes memory in.
 pub const PAGE: u64 = 4096;
@@ -78,7 +79,14 @@ pub fn release(memory: &GuestMemory, start: u64, len: u64) -> Result<u64, Error>
 }
 
 /// Gives `len` bytes at `offset` of a region back; they lie in it.
-fn release_part(region: &vm_memory::GuestRegionMmap, offset: u64, len: u64) -> io::Result<()> {
+fn release_part(
+    region: &vm_memory::GuestRegionMmap<DirtyPages>,
+    offset: u64,
+    len: u64,
+) -> io::Result<()> {
+    // What is given back reads as something else than before.
+    let bytes = |value: u64| usize::try_from(value).map_err(io::Error::other);
+    dirty::of(region).mark_dirty(bytes(offset)?, bytes(len)?);
     // Dropping a shared mapping's pages would leave them in the file behind it.
     if let Some(file) = region.file_offset()
         && region.flags() & libc::MAP_SHARED != 0

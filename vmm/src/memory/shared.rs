@@ -24,12 +24,19 @@ pub fn memfd(size: u64) -> Result<Arc<File>, Errno> {
 
 #[cfg(test)]
 mod tests {
-    use crate::memory::allocate_shared;
+    use crate::memory::{Options, allocate_with};
     use vm_memory::{Bytes as _, GuestAddress, GuestMemoryBackend as _, GuestMemoryRegion as _};
+
+    fn shared() -> Options {
+        Options {
+            shared: true,
+            ..Options::default()
+        }
+    }
 
     #[test]
     fn who_maps_it_sees_it_and_cannot_take_it_away() {
-        let memory = allocate_shared(3073 << 20).unwrap();
+        let memory = allocate_with(3073 << 20, shared()).unwrap();
         let regions: Vec<_> = memory
             .iter()
             .map(|region| {

@@ -16,6 +16,7 @@ use super::fields::{
     SeccompMetrics, SignalMetrics, UartMetrics, VcpuMetrics, VmmMetrics, VsockMetrics,
 };
 use crate::arguments::StartTimes;
+use crate::config;
 use crate::devices::boot_timer::cpu_time;
 
 use super::{Counters, INTERVAL, Reading, Source};
@@ -27,6 +28,16 @@ pub struct Options {
     pub id: Option<String>,
     /// The operator's own, as `properties`.
     pub properties: Option<BTreeMap<String, String>>,
+}
+
+impl Options {
+    /// What `config` asks for, of the machine `id`.
+    pub fn of(config: &config::Metrics, id: &str) -> Self {
+        Self {
+            id: config.emit_id.then(|| id.to_owned()),
+            properties: config.properties.clone(),
+        }
+    }
 }
 
 /// What the lines are written from, and where they go.

@@ -3,6 +3,7 @@
 mod balloon;
 mod blk;
 mod console;
+mod cpuid;
 mod fs;
 mod net;
 mod pit;
@@ -25,6 +26,11 @@ pub fn run(name: &str, cmdline: &Cmdline) -> Result<(), Failure> {
         "spin" => {
             crate::serial::line(format_args!("probe: spin"));
             machine::spin()
+        }
+        "cpuid" => cpuid::run(cmdline),
+        "booted" => {
+            machine::write8(machine::BOOT_TIMER, 123);
+            Ok(())
         }
         "serial" => serial::run(),
         "balloon" => balloon::run(cmdline),

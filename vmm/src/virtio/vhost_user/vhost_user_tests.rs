@@ -1,5 +1,5 @@
 use super::*;
-use crate::memory::allocate_shared;
+use crate::memory::{self, allocate_with};
 use crate::virtio::testing::{Driver, Rig};
 use std::io::{Read as _, Write as _};
 use std::sync::mpsc::{Receiver, Sender, channel};
@@ -81,7 +81,14 @@ fn block(manners: Manners, queues: u16) -> (Result<VhostUser, Error>, Receiver<T
 fn started(manners: Manners) -> (Rig<VhostUser>, Receiver<Told>, Result<(), device::Error>) {
     let (device, heard) = block(manners, 2);
     let mut device = device.unwrap();
-    let memory = allocate_shared(0x40_0000).unwrap();
+    let memory = allocate_with(
+        0x40_0000,
+        memory::Options {
+            shared: true,
+            ..memory::Options::default()
+        },
+    )
+    .unwrap();
     let drivers: Vec<_> = (0..2).map(|i| Driver::new(&memory, i, 16)).collect();
     let events = crate::event_loop::EventLoop::new().unwrap();
     let signal = Arc::<crate::virtio::testing::Counter>::default();
