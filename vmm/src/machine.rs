@@ -39,6 +39,7 @@ mod attached;
 mod command_line;
 mod console;
 mod drives;
+pub mod hotplug;
 mod network;
 pub mod placement;
 mod pmem;
@@ -47,6 +48,7 @@ pub mod vcpus;
 use attached::{Attached, OnMmio, OnPci};
 use command_line::command_line;
 pub use console::ConsolePanel;
+use hotplug::Hotplug;
 pub use pmem::explain;
 use vcpus::Vcpus;
 
@@ -145,6 +147,7 @@ pub struct Machine {
     host_cpus: Vec<Vec<u16>>,
     buses: Arc<Buses>,
     worker: Option<DeviceWorker>,
+    hotplug: Option<Hotplug>,
     panel: Panel,
 }
 
@@ -176,6 +179,8 @@ pub struct Panel {
 pub struct RunningMachine {
     /// What the control thread has in its hands.
     pub panel: Panel,
+    /// Adds and removes devices, on a PCI bus.
+    pub hotplug: Option<Hotplug>,
     vcpus: Vcpus,
     /// The memslots stay valid as long as this does.
     _vm: Vm,
@@ -254,7 +259,12 @@ pub fn build(config: &Config, resources: Resources, options: Options) -> Result<
     let counting = devices.iter().filter_map(|device| device.metrics());
     panel.metrics.extend(counting);
     let devices = if options.enable_pci {
-        Attached::Pci(OnPci::attach(devices, &memory, vm.msi_port()?)?)
+        Attached::Pci(OnPci::attach(
+            devices,
+            &memory,
+            vm.msi_port()?,
+            Arc::clone(&panel.acpi),
+        )?)
     } else {
         Attached::Mmio(OnMmio::attach(devices, &memory)?)
     };
@@ -291,12 +301,14 @@ pub fn build(config: &Config, resources: Resources, options: Options) -> Result<
     devices.bind_interrupts(&vm)?;
     // Last: from the first one on, changing a memslot waits for milliseconds.
     devices.bind_doorbells(&vm)?;
+    let (worker, hotplug) = devices.into_worker(hotplug::names(config))?;
     Ok(Machine {
         vm,
         vcpus,
         host_cpus: placement::host_cpus(&config.machine_config),
         buses,
-        worker: devices.worker()?,
+        worker,
+        hotplug,
         panel,
     })
 }
@@ -458,6 +470,7 @@ impl Machine {
         let registers = self.panel.vcpus.clone();
         Ok(RunningMachine {
             panel: self.panel,
+            hotplug: self.hotplug,
             vcpus: Vcpus::new(vcpus, registers),
             _vm: self.vm,
         })
@@ -516,6 +529,12 @@ impl RunningMachine {
     pub fn regenerate(&self) -> Result<(), Error> {
         self.panel.generation.regenerate()?;
         Ok(self.panel.clock.disrupt()?)
+    }
+
+    /// Takes away the devices that the guest has let go, and returns their names.
+    pub fn take_ejected_devices(&mut self) -> Vec<String> {
+        let hotplug = self.hotplug.as_mut();
+        hotplug.map(Hotplug::settle).unwrap_or_default()
     }
 
     /// How many vCPUs there are now.

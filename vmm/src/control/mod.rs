@@ -47,16 +47,18 @@ enum Token {
     Room,
     Stdin,
     Ejected,
+    DeviceEjected,
     ConsoleRoom,
 }
 
 impl Token {
-    const ALL: [Self; 6] = [
+    const ALL: [Self; 7] = [
         Self::End,
         Self::Signal,
         Self::Room,
         Self::Stdin,
         Self::Ejected,
+        Self::DeviceEjected,
         Self::ConsoleRoom,
     ];
 }
@@ -115,6 +117,9 @@ impl Control {
         if let Some(vcpus) = &panel.vcpus {
             self.watch(vcpus.ejected(), Token::Ejected)?;
         }
+        if let Some(hotplug) = &machine.hotplug {
+            self.watch(hotplug.registers().ejected(), Token::DeviceEjected)?;
+        }
         if let Some(console) = &panel.console {
             self.watch(console.port.room(), Token::ConsoleRoom)?;
             console.port.resize(console::terminal_size());
@@ -155,7 +160,7 @@ impl Control {
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => 0,
                 Err(error) => return Err(failed("wait for events")(error)),
             };
-            let mut ejected = false;
+            let (mut ejected, mut device_ejected) = (false, false);
             for event in events.iter().take(count) {
                 let token = Token::ALL
                     .iter()
@@ -173,6 +178,7 @@ impl Control {
                     }
                     Some(Token::Stdin) => self.input.read(&self.epoll),
                     Some(Token::Ejected) => ejected = true,
+                    Some(Token::DeviceEjected) => device_ejected = true,
                     Some(Token::End) | None => {}
                 }
             }
@@ -186,6 +192,11 @@ impl Control {
             }
             if ejected {
                 machine.park_ejected_vcpus();
+            }
+            if device_ejected {
+                for name in machine.take_ejected_devices() {
+                    info!("the guest has let go of {name}: it is gone");
+                }
             }
         }
     }

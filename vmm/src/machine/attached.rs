@@ -4,14 +4,16 @@ use std::sync::Arc;
 
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
+use super::hotplug::{self, Hotplug, Occupant, Slot};
 use super::{Error, host};
 use crate::boot::MmioDeviceInfo;
 use crate::bus::{self, Bus};
+use crate::devices::AcpiRegisters;
 use crate::event_loop;
 use crate::kvm::{self, MsiPort, Vm};
 use crate::memory::{GuestMemory, layout};
 use crate::pci::bus::{BarWindow, Ecam};
-use crate::pci::{PciBus, SLOTS};
+use crate::pci::{HotplugRegisters, PciBus, SLOTS};
 use crate::virtio::transport::endpoint::{Doorbells, Endpoint};
 use crate::virtio::transport::mmio::{MmioTransport, QUEUE_NOTIFY};
 use crate::virtio::transport::pci::msix::MsiSender;
@@ -50,7 +52,9 @@ impl Attached {
                 let ecam = Arc::new(Ecam(Arc::clone(&devices.bus)));
                 mmio.insert(layout::PCI_ECAM_START, layout::PCI_ECAM_SIZE, ecam)?;
                 let bars = Arc::new(BarWindow(Arc::clone(&devices.bus)));
-                mmio.insert(layout::PCI_WINDOW_START, layout::PCI_WINDOW_SIZE, bars)
+                mmio.insert(layout::PCI_WINDOW_START, layout::PCI_WINDOW_SIZE, bars)?;
+                let (start, size) = (layout::PCI_REGISTERS_START, layout::PCI_REGISTERS_SIZE);
+                mmio.insert(start, size, Arc::clone(&devices.registers) as _)
             }
         }
     }
@@ -87,20 +91,26 @@ impl Attached {
         }
     }
 
-    /// What the device thread runs; none without devices.
-    pub(super) fn worker(self) -> Result<Option<DeviceWorker>, event_loop::Error> {
-        let devices: Vec<_> = match self {
-            Self::Mmio(devices) => devices.0.into_iter().map(Window::into_device).collect(),
-            Self::Pci(devices) => devices.devices,
-        };
-        if devices.is_empty() {
-            return Ok(None);
+    /// What the device thread runs, if there is one, and what adds devices to it. `names` are those of the
+    /// devices, in order.
+    pub(super) fn into_worker(
+        self,
+        names: impl Iterator<Item = String>,
+    ) -> Result<(Option<DeviceWorker>, Option<Hotplug>), event_loop::Error> {
+        match self {
+            Self::Mmio(OnMmio(windows)) if windows.is_empty() => Ok((None, None)),
+            Self::Mmio(OnMmio(windows)) => {
+                let mut worker = DeviceWorker::new()?;
+                for window in windows {
+                    worker.add(Arc::clone(window.transport.endpoint()), window.device)?;
+                }
+                Ok((Some(worker), None))
+            }
+            Self::Pci(devices) => {
+                let (worker, hotplug) = devices.into_worker(names)?;
+                Ok((Some(worker), Some(hotplug)))
+            }
         }
-        let mut worker = DeviceWorker::new()?;
-        for (endpoint, device) in devices {
-            worker.add(endpoint, device)?;
-        }
-        Ok(Some(worker))
     }
 }
 
@@ -114,12 +124,6 @@ struct Window {
     irq: EventFd,
     transport: Arc<MmioTransport>,
     device: Box<dyn VirtioDevice>,
-}
-
-impl Window {
-    fn into_device(self) -> Device {
-        (Arc::clone(self.transport.endpoint()), self.device)
-    }
 }
 
 impl OnMmio {
@@ -153,46 +157,82 @@ impl OnMmio {
 /// Devices on a PCI bus.
 pub(super) struct OnPci {
     bus: Arc<PciBus>,
+    registers: Arc<HotplugRegisters>,
+    memory: GuestMemory,
+    sender: Arc<dyn MsiSender>,
     slots: Vec<Slot>,
     devices: Vec<Device>,
 }
 
-/// A place on the bus, and the doorbells of whatever is in it.
-struct Slot {
-    number: usize,
-    doorbells: Arc<Doorbells>,
-}
-
 impl OnPci {
-    /// Gives each device a slot, from the first behind the host bridge.
+    /// Gives each device a slot, from the first behind the host bridge, and every other slot the doorbells of a
+    /// device that may come. The guest learns of that by `acpi`.
     pub(super) fn attach(
         devices: Vec<Box<dyn VirtioDevice>>,
         memory: &GuestMemory,
         msi: MsiPort,
+        acpi: Arc<AcpiRegisters>,
     ) -> Result<Self, Error> {
-        let msi: Arc<dyn MsiSender> = Arc::new(msi);
+        let bus = Arc::new(PciBus::new());
+        let registers = HotplugRegisters::new(Arc::clone(&bus), acpi);
         let mut attached = Self {
-            bus: Arc::new(PciBus::new()),
+            registers: Arc::new(registers.map_err(host("make an eventfd"))?),
+            bus,
+            memory: memory.clone(),
+            sender: Arc::new(msi),
             slots: Vec::new(),
             devices: Vec::new(),
         };
         let mut numbers = 1..SLOTS;
         for device in devices {
             let number = numbers.next().ok_or(Error::NoWindow)?;
-            let doorbells = Doorbells::new(device.traits().queue_sizes.len())
-                .map_err(host("make an eventfd"))?;
+            let queues = device.traits().queue_sizes.len().max(hotplug::QUEUES);
+            let doorbells = attached.add_slot(number, queues)?;
             let transport = PciTransport::new(
                 device.as_ref(),
                 memory.clone(),
                 number,
-                Arc::clone(&doorbells),
-                Arc::clone(&msi),
+                doorbells,
+                Arc::clone(&attached.sender),
             );
             let endpoint = Arc::clone(transport.endpoint());
             attached.bus.insert(number, transport);
-            attached.slots.push(Slot { number, doorbells });
             attached.devices.push((endpoint, device));
         }
+        for number in numbers {
+            attached.add_slot(number, hotplug::QUEUES)?;
+        }
         Ok(attached)
+    }
+
+    fn add_slot(&mut self, number: usize, queues: usize) -> Result<Arc<Doorbells>, Error> {
+        let doorbells = Doorbells::new(queues).map_err(host("make an eventfd"))?;
+        self.slots.push(Slot {
+            number,
+            doorbells: Arc::clone(&doorbells),
+            occupant: None,
+        });
+        Ok(doorbells)
+    }
+
+    fn into_worker(
+        mut self,
+        names: impl Iterator<Item = String>,
+    ) -> Result<(DeviceWorker, Hotplug), event_loop::Error> {
+        let mut worker = DeviceWorker::new()?;
+        let devices = self.devices.into_iter().zip(names);
+        for (slot, ((endpoint, device), name)) in self.slots.iter_mut().zip(devices) {
+            let index = worker.add(endpoint, device)?;
+            slot.occupant = Some(Occupant { name, index });
+        }
+        let hotplug = Hotplug {
+            bus: self.bus,
+            registers: self.registers,
+            memory: self.memory,
+            sender: self.sender,
+            worker: worker.handle(),
+            slots: self.slots,
+        };
+        Ok((worker, hotplug))
     }
 }

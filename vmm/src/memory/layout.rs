@@ -61,6 +61,10 @@ pub const ACPI_REGISTERS_SIZE: u64 = 0x10;
 pub const VCPU_REGISTERS_START: u64 = ACPI_REGISTERS_START + 0x10;
 /// Size of these in bytes.
 pub const VCPU_REGISTERS_SIZE: u64 = 0x10;
+/// Registers by which PCI devices come and go.
+pub const PCI_REGISTERS_START: u64 = ACPI_REGISTERS_START + 0x20;
+/// Size of these in bytes.
+pub const PCI_REGISTERS_SIZE: u64 = 0x20;
 /// First virtio-mmio window; one every [`VIRTIO_MMIO_SIZE`] bytes.
 pub const VIRTIO_MMIO_START: u64 = MMIO_HOLE_START + 0x1000;
 /// Size of a virtio-mmio window.

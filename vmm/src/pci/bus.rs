@@ -35,6 +35,8 @@ pub trait PciFunction: Send + Sync {
     fn bar_read(&self, offset: u64, data: &mut [u8]);
     /// Writes within the BAR; up to eight bytes, of any alignment.
     fn bar_write(&self, offset: u64, data: &[u8]);
+    /// Ends what is in flight: the guest has let the device go.
+    fn stop(&self) {}
 }
 
 type Functions = [Option<Arc<dyn PciFunction>>; SLOTS];

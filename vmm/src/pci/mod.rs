@@ -11,6 +11,8 @@
 
 pub mod bus;
 pub mod config;
+pub mod hotplug;
 
 pub use bus::{PciBus, PciFunction, SLOTS};
 pub use config::FunctionConfig;
+pub use hotplug::HotplugRegisters;

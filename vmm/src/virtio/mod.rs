@@ -24,7 +24,7 @@ pub mod worker;
 #[cfg(test)]
 mod stress_tests;
 #[cfg(test)]
-mod testing;
+pub(crate) mod testing;
 
 pub use balloon::{Balloon, BalloonOptions};
 pub use block::{Block, BlockOptions, CacheType};

@@ -28,9 +28,7 @@ pub(super) fn build(machine: &MachineDescription) -> Result<Vec<u8>, Error> {
     for (index, device) in machine.mmio_devices.iter().enumerate() {
         virtio_mmio(&mut body, index, device)?;
     }
-    if machine.has_pci {
-        pci::root_bridge(&mut body);
-    }
+    let pci = machine.has_pci.then(|| pci::root_bridge(&mut body));
     if machine.has_com1 {
         com1(&mut body);
     }
@@ -38,6 +36,7 @@ pub(super) fn build(machine: &MachineDescription) -> Result<Vec<u8>, Error> {
         i8042(&mut body);
     }
     let mut handlers = vec![power_button(&mut body)];
+    handlers.extend(pci.transpose()?);
     handlers.extend(cpus::hotplug(&mut body, machine)?);
     handlers.extend(identity::devices(&mut body)?);
     events::generic_event_device(&mut body, &machine.ged, &handlers)?;

@@ -289,6 +289,26 @@ fn pci_is_named_where_it_is() {
     let end = (layout::PCI_WINDOW_START as u32 + layout::PCI_WINDOW_SIZE as u32 - 1).to_le_bytes();
     let window = [&start[..], &end, &[0; 4], &size].concat();
     assert_eq!(contains(dsdt, &window), 1);
+    // A device for each slot, which can be ejected by its bit of the register.
+    assert_eq!(contains(dsdt, b"_ADR"), 31);
+    let eject = [b'_', b'E', b'J', b'0', 9, 0x70, 0x0c, 0, 0, 0, 0x80];
+    assert_eq!(contains(dsdt, &eject), 1, "of the last");
+    let region = [
+        &b"\x5b\x80PREG\x00\x0c"[..],
+        &(layout::PCI_REGISTERS_START as u32).to_le_bytes(),
+        &[0x0a, 0x20],
+    ];
+    assert_eq!(contains(dsdt, &region.concat()), 1);
+    // If (And (Local0, 4)) Notify (S002, 1); If (And (Local1, 4)) Notify (S002, 3).
+    for (local, what) in [(0x60, &b"\x01"[..]), (0x61, b"\x0a\x03")] {
+        let condition = [0x92, 0x93, 0x7b, local, 0x0a, 4, 0, 0];
+        let notify = [&b"\x86S002"[..], what].concat();
+        assert_eq!(contains(dsdt, &[&condition[..], &notify].concat()), 1);
+    }
+    // The generic event device calls the scan on bit 2.
+    let pending = [0x92, 0x93, 0x7b, 0x60, 0x0a, 4, 0, 0];
+    let call = [&pending[..], b"\\\x2f\x03_SB_PCI0PSCN"].concat();
+    assert_eq!(contains(dsdt, &call), 1);
     assert_eq!(
         contains(&tables(&super::super::testing::machine(0)).dsdt, b"PCI0"),
         0

@@ -7,4 +7,4 @@ pub mod mmio;
 pub mod pci;
 
 #[cfg(test)]
-mod testing;
+pub(crate) mod testing;

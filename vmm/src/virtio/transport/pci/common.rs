@@ -10,6 +10,8 @@ use crate::virtio::transport::endpoint::Endpoint;
 
 /// Bytes of the structure, up to the fields of features that are not offered.
 pub const SIZE: u64 = 0x38;
+/// Offset of the status register.
+pub const STATUS: u64 = 0x14;
 
 /// What the structure shows, with the registers held.
 pub struct Common<'a> {
@@ -39,7 +41,7 @@ impl Common<'_> {
             (0x0c, 4) => self.core.driver_features().into(),
             (0x10, 2) => self.msix.vector(Source::Config).into(),
             (0x12, 2) => self.core.queue_count().into(),
-            (0x14, 1) => self.endpoint.read_status(self.core).into(),
+            (STATUS, 1) => self.endpoint.read_status(self.core).into(),
             // A byte of it: a driver reads it before and after, and looks for a difference.
             (0x15, 1) => (self.config.generation() as u8).into(),
             (0x16, 2) => self.core.queue_select().into(),
@@ -64,7 +66,7 @@ impl Common<'_> {
             (0x08, 4) => self.core.select_driver_features(low),
             (0x0c, 4) => self.core.accept_features(low),
             (0x10, 2) => self.msix.set_vector(Source::Config, low as u16),
-            (0x14, 1) => {
+            (STATUS, 1) => {
                 if self.endpoint.write_status(self.core, low as u8) {
                     self.msix.reset();
                 }

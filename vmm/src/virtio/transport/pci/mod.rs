@@ -165,11 +165,6 @@ impl PciTransport {
         &self.endpoint
     }
 
-    /// Resets the device, as its driver would: nothing is in flight afterwards.
-    pub fn reset(&self) {
-        self.with_common(|common| common.write(0x14, 1, 0));
-    }
-
     fn function(&self) -> MutexGuard<'_, FunctionConfig> {
         self.function.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -247,6 +242,11 @@ impl PciFunction for PciTransport {
 
     fn bar(&self) -> Option<u64> {
         self.function().bar()
+    }
+
+    /// As if its driver had reset the device.
+    fn stop(&self) {
+        self.with_common(|common| common.write(common::STATUS, 1, 0));
     }
 
     fn bar_read(&self, offset: u64, data: &mut [u8]) {
