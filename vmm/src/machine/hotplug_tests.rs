@@ -63,14 +63,14 @@ impl Machine {
     }
 
     fn bar(&self, slot: u64, offset: u64, data: &[u8]) {
-        let at = slot * layout::PCI_BAR_SIZE + offset;
+        let at = (slot - 1) * layout::PCI_BAR_SIZE + offset;
         self.window.write(at, data);
     }
 
     fn status(&self, slot: u64) -> u8 {
         let mut data = [0];
         self.window
-            .read(slot * layout::PCI_BAR_SIZE + 0x14, &mut data);
+            .read((slot - 1) * layout::PCI_BAR_SIZE + 0x14, &mut data);
         data[0]
     }
 
@@ -95,7 +95,7 @@ impl Machine {
         self.bar(slot, 0x14, &[15]);
         assert_eq!(self.status(slot), 15);
         driver.add(&[(DATA, 1, true)]);
-        let home = layout::PCI_WINDOW_START + slot * layout::PCI_BAR_SIZE;
+        let home = layout::PCI_WINDOW_START + (slot - 1) * layout::PCI_BAR_SIZE;
         self.bar(slot, pci::doorbells(slot as usize) - home, &[0, 0]);
         for _ in 0..10_000 {
             if let Some(used) = driver.used() {

@@ -74,7 +74,7 @@ pub const PCI_ECAM_START: u64 = 0xe000_0000;
 /// Size of [`PCI_ECAM_START`]'s window.
 pub const PCI_ECAM_SIZE: u64 = 1 << 20;
 /// Where the host bridge forwards accesses to BARs. Device n's BAR starts out in the nth piece of
-/// [`PCI_BAR_SIZE`] bytes.
+/// [`PCI_BAR_SIZE`] bytes, counted from 1.
 pub const PCI_WINDOW_START: u64 = 0xe100_0000;
 /// Size of [`PCI_WINDOW_START`]'s window.
 pub const PCI_WINDOW_SIZE: u64 = 1 << 20;

@@ -82,7 +82,8 @@ impl Pci {
         let msix = capability(function, CAP_MSIX, 0)?;
         let device = Self {
             common: structure(COMMON)?.1,
-            config: structure(DEVICE)?.1,
+            // Not every device has one.
+            config: structure(DEVICE).map_or(0, |(_, at)| at),
             notify,
             multiplier: u64::from(read32(notify_capability + 16)),
             table: bar + u64::from(read32(msix + 4) & !7),

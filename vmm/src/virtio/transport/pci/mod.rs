@@ -91,9 +91,12 @@ fn doorbells_offset(slot: usize) -> u64 {
     DOORBELLS.saturating_add((slot as u64).saturating_mul(DOORBELLS_OF_SLOT))
 }
 
-/// Where the BAR of `slot` starts out.
+/// Where the BAR of `slot` starts out: one behind the other from the window's start, for the host bridge in slot
+/// 0 has none. So a guest that gives BARs the lowest free addresses leaves every BAR where it was.
 fn home(slot: usize) -> u64 {
-    let below = (slot as u64).saturating_mul(layout::PCI_BAR_SIZE);
+    let below = (slot as u64)
+        .saturating_sub(1)
+        .saturating_mul(layout::PCI_BAR_SIZE);
     layout::PCI_WINDOW_START.saturating_add(below)
 }
 
@@ -143,7 +146,10 @@ impl PciTransport {
         add_structure(&mut function, TYPE_COMMON, 0, common::SIZE, &[]);
         add_structure(&mut function, TYPE_ISR, ISR, 1, &[]);
         let config_size = (config.bytes().len() as u64).min(CONFIG_MAX_SIZE);
-        add_structure(&mut function, TYPE_DEVICE, CONFIG, config_size, &[]);
+        // Linux takes no device whose structure is empty.
+        if config_size > 0 {
+            add_structure(&mut function, TYPE_DEVICE, CONFIG, config_size, &[]);
+        }
         let multiplier = (DOORBELL_SIZE as u32).to_le_bytes();
         let size = (DOORBELL_SIZE.saturating_mul(queues)) as u64;
         add_structure(&mut function, TYPE_NOTIFY, doorbells_at, size, &multiplier);

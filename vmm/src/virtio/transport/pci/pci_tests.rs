@@ -445,6 +445,31 @@ fn doorbells_of_different_slots_never_meet() {
     assert!(all_queues as u64 <= DOORBELLS_OF_SLOT);
 }
 
+/// A driver takes a structure without a byte for a mistake.
+#[test]
+fn a_device_without_configuration_has_no_structure_for_it() {
+    let device = crate::virtio::transport::testing::Wide::<2>;
+    let doorbells = Doorbells::new(2).unwrap();
+    let (sender, _) = channel();
+    let sender = Arc::new(Sent(Mutex::new(sender)));
+    let transport = PciTransport::new(&device, memory(), SLOT, doorbells, sender);
+    let (mut kinds, mut at) = (Vec::new(), 0x34);
+    loop {
+        let mut next = [0];
+        transport.config_read(at, &mut next);
+        let [next] = next;
+        if next == 0 {
+            break;
+        }
+        let mut header = [0; 4];
+        transport.config_read(next.into(), &mut header);
+        kinds.push((header[0], header[3]));
+        at = usize::from(next) + 1;
+    }
+    assert!(!kinds.contains(&(CAP_VENDOR, TYPE_DEVICE)), "{kinds:?}");
+    assert!(kinds.contains(&(CAP_VENDOR, TYPE_NOTIFY)), "{kinds:?}");
+}
+
 #[test]
 fn odd_accesses_read_zero_and_write_nothing() {
     let machine = Machine::new();
