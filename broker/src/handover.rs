@@ -32,8 +32,10 @@ pub const MAX_TABLE: usize = 64 * 1024;
 
 /// Name of `/dev/kvm`'s descriptor.
 pub const KVM: &str = "kvm";
-/// Name of the broker's socket.
+/// Name of the broker's socket, of the VMM's device thread.
 pub const BROKER: &str = "broker";
+/// Name of the broker's other socket, of the VMM's control thread.
+pub const CONTROL_BROKER: &str = "broker-control";
 /// Name of the log's descriptor.
 pub const LOG: &str = "log";
 
@@ -148,6 +150,16 @@ pub enum HandoverError {
         /// What it should be.
         kind: Kind,
     },
+    /// There is no room for another descriptor.
+    #[error("hand-over of {name:?}: cannot copy the {kind:?} descriptor: {source}")]
+    Copy {
+        /// The descriptor's name.
+        name: String,
+        /// What it is.
+        kind: Kind,
+        /// What the host said.
+        source: std::io::Error,
+    },
     /// The config names something that was not handed over.
     #[error("{0:?} was not handed over by the jailer: grant it ({1})")]
     Missing(String, &'static str),
@@ -174,7 +186,7 @@ impl Kind {
             Self::FileRw => "--grant-rw",
             Self::Append => "--grant-append",
             Self::Tap => "--grant-tap",
-            Self::Listener => "--grant-listen",
+            Self::Listener => "--grant-listen or --grant-api",
             Self::Stream => "--grant-connect",
             Self::Broker => "--grant-listen or --allow-open",
             Self::Log => "--log-fd",
@@ -261,6 +273,23 @@ impl Handover {
         self.descriptors
             .iter()
             .map(|(name, (kind, _))| (name.as_str(), *kind))
+    }
+
+    /// A copy of the descriptor of that name, if it is of one of these kinds; it stays in the table.
+    ///
+    /// # Errors
+    /// If there is none, or it is of another kind, or no descriptor is free.
+    pub fn share(&mut self, name: &str, kinds: &[Kind]) -> Result<OwnedFd, HandoverError> {
+        let (kind, taken) = match self.descriptors.get(name) {
+            Some((kind, fd)) if kinds.contains(kind) => (*kind, fd.try_clone()),
+            // For its error.
+            _ => return self.take(name, kinds),
+        };
+        taken.map_err(|source| HandoverError::Copy {
+            name: name.to_owned(),
+            kind,
+            source,
+        })
     }
 
     /// Takes the descriptor of that name out, if it is of one of these kinds.

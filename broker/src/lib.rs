@@ -25,4 +25,4 @@ pub use machine_id::{MachineId, MachineIdError};
 pub use policy::{AllowedName, BrokerPolicy, ConnectTarget, PassedFile, PolicyError};
 pub use protocol::{MAX_IN_FLIGHT, MAX_MESSAGE, Operation, Reply, Request};
 pub use server::{Server, ServerError, ServerEvent};
-pub use unjailed::{UnjailedError, spawn_unjailed};
+pub use unjailed::{UnjailedError, spawn_unjailed, spawn_unjailed_for};

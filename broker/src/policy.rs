@@ -25,6 +25,9 @@ pub struct BrokerPolicy {
     pub chroot: Option<OwnedFd>,
     /// Where vsock devices may connect to.
     pub connections: Vec<ConnectTarget>,
+    /// Whether whatever this process's user may open and connect to is allowed besides: for a VMM without
+    /// a jail, which could do so itself before it was sealed.
+    pub unconfined: bool,
 }
 
 /// A file that was handed over at start, and can be had again.
@@ -108,6 +111,7 @@ impl BrokerPolicy {
             && self.allowed.is_empty()
             && self.chroot.is_none()
             && self.connections.is_empty()
+            && !self.unconfined
     }
 
     /// Does one thing, never waiting.
@@ -144,6 +148,10 @@ impl BrokerPolicy {
                 return open_beneath(allowed.directory.as_fd(), beneath, name, write);
             }
         }
+        if self.unconfined {
+            let here = nix::fcntl::AT_FDCWD;
+            return open_with(here, path, name, write, OpenHow::new());
+        }
         match &self.chroot {
             Some(chroot) => {
                 // Inside the chroot its root is `/`.
@@ -163,32 +171,40 @@ impl BrokerPolicy {
     /// Connects to `<uds_path>_<port>`, which either works at once or is refused.
     fn connect(&self, device: &str, port: u32) -> Result<OwnedFd, PolicyError> {
         check_name(device)?;
-        let target = self
-            .connections
-            .iter()
-            .find(|target| target.device == device)
-            .ok_or_else(|| PolicyError::NoDevice(device.to_owned()))?;
         if port == ANY_PORT {
             return Err(PolicyError::Port(port));
         }
         let failed = |source| PolicyError::Connect { port, source };
+        let mut targets = self.connections.iter();
+        let target = match targets.find(|target| target.device == device) {
+            Some(target) => target,
+            None if self.unconfined => {
+                let address = UnixAddr::new(format!("{device}_{port}").as_str());
+                return connect_to(&address.map_err(failed)?).map_err(failed);
+            }
+            None => return Err(PolicyError::NoDevice(device.to_owned())),
+        };
         // Relative to the directory: its path does not exist in the broker's empty root, and could
         // be longer than the 107 bytes that an address holds.
         nix::unistd::fchdir(&target.directory).map_err(failed)?;
         let name = format!("{}_{port}", target.base_name);
         refuse_if_no_socket(target.directory.as_fd(), &name).map_err(failed)?;
         let address = UnixAddr::new(name.as_str()).map_err(failed)?;
-        let stream = socket(
-            AddressFamily::Unix,
-            SockType::Stream,
-            SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK,
-            None,
-        )
-        .map_err(failed)?;
-        // A full backlog is EAGAIN on a non-blocking Unix socket: nothing is ever pending.
-        connect(std::os::fd::AsRawFd::as_raw_fd(&stream), &address).map_err(failed)?;
-        Ok(stream)
+        connect_to(&address).map_err(failed)
     }
+}
+
+/// Connects, which works at once or not at all.
+fn connect_to(address: &UnixAddr) -> Result<OwnedFd, Errno> {
+    let stream = socket(
+        AddressFamily::Unix,
+        SockType::Stream,
+        SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK,
+        None,
+    )?;
+    // A full backlog is EAGAIN on a non-blocking Unix socket: nothing is ever pending.
+    connect(std::os::fd::AsRawFd::as_raw_fd(&stream), address)?;
+    Ok(stream)
 }
 
 /// `connect` follows symbolic links, out of the directory too, and a socket elsewhere was not granted.
@@ -205,11 +221,12 @@ fn refuse_if_no_socket(directory: BorrowedFd<'_>, name: &str) -> Result<(), Errn
 
 /// Opens beneath a directory, and through nothing that leads elsewhere.
 fn beneath(flags: OFlag) -> OpenHow {
-    OpenHow::new().flags(flags | OFlag::O_CLOEXEC).resolve(
+    let how = OpenHow::new().resolve(
         ResolveFlag::RESOLVE_BENEATH
             | ResolveFlag::RESOLVE_NO_SYMLINKS
             | ResolveFlag::RESOLVE_NO_MAGICLINKS,
-    )
+    );
+    how.flags(flags | OFlag::O_CLOEXEC)
 }
 
 fn open_beneath(
@@ -217,6 +234,17 @@ fn open_beneath(
     path: &Path,
     name: &str,
     write: bool,
+) -> Result<Arc<OwnedFd>, PolicyError> {
+    open_with(directory, path, name, write, beneath(OFlag::empty()))
+}
+
+/// Opens as `how` says where to, for reading or for reading and writing.
+fn open_with(
+    directory: BorrowedFd<'_>,
+    path: &Path,
+    name: &str,
+    write: bool,
+    how: OpenHow,
 ) -> Result<Arc<OwnedFd>, PolicyError> {
     let failed = |source| PolicyError::Open {
         name: name.to_owned(),
@@ -228,7 +256,7 @@ fn open_beneath(
         OFlag::O_RDONLY
     };
     // O_NONBLOCK: opening a FIFO or a device that someone put there must not wait.
-    let how = beneath(access | OFlag::O_NOCTTY | OFlag::O_NONBLOCK);
+    let how = how.flags(access | OFlag::O_NOCTTY | OFlag::O_NONBLOCK | OFlag::O_CLOEXEC);
     let file = openat2(directory, path, how).map_err(failed)?;
     let stat = fstat(&file).map_err(failed)?;
     match SFlag::from_bits_retain(stat.st_mode & SFlag::S_IFMT.bits()) {

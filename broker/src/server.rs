@@ -10,11 +10,17 @@ use crate::fdpass;
 use crate::policy::BrokerPolicy;
 use crate::protocol::{MAX_MESSAGE, ProtocolError, Reply, Request, decode, encode};
 
-/// A broker's end of the socket pair, and what it may do.
+/// A broker's ends of its socket pairs, and what it may do.
 #[derive(Debug)]
 pub struct Server {
-    socket: OwnedFd,
+    conversations: Vec<Conversation>,
     policy: BrokerPolicy,
+}
+
+/// What is said with one thread of the VMM.
+#[derive(Debug)]
+struct Conversation {
+    socket: OwnedFd,
     /// The answer that found the socket full. While there is one, no request is read, so a VMM
     /// that does not read its answers stops itself, and costs one answer's memory here.
     waiting: Option<Outgoing>,
@@ -55,30 +61,31 @@ pub enum ServerError {
 impl Server {
     /// A server on one end of a `SOCK_SEQPACKET` pair.
     pub fn new(socket: OwnedFd, policy: BrokerPolicy) -> Self {
-        Self {
+        Self::with_sockets(vec![socket], policy)
+    }
+
+    /// A server on one end of each of several pairs: one for each thread of the VMM that asks.
+    pub fn with_sockets(sockets: Vec<OwnedFd>, policy: BrokerPolicy) -> Self {
+        let conversation = |socket| Conversation {
             socket,
-            policy,
             waiting: None,
+        };
+        Self {
+            conversations: sockets.into_iter().map(conversation).collect(),
+            policy,
         }
     }
 
-    /// Serves until the VMM closes its end, or `watched` is readable (which is not read here).
+    /// Serves until the VMM has closed its ends, or `watched` is readable (which is not read here).
     ///
     /// # Errors
-    /// If the VMM breaks the protocol. Drop the server then: it closes the socket.
+    /// If the VMM breaks the protocol. Drop the server then: it closes the sockets.
     pub fn serve(&mut self, watched: Option<BorrowedFd<'_>>) -> Result<ServerEvent, ServerError> {
-        loop {
-            let interest = match self.waiting {
-                Some(_) => PollFlags::POLLOUT,
-                None => PollFlags::POLLIN,
-            };
-            let own = PollFd::new(self.socket.as_fd(), interest);
-            // Without one, our own socket stands in for it, and its answer is not looked at.
-            let other = watched.unwrap_or(self.socket.as_fd());
-            let mut both = [own, PollFd::new(other, PollFlags::POLLIN)];
-            let count = if watched.is_some() { 2 } else { 1 };
-            let polled = both.get_mut(..count).unwrap_or_default();
-            match poll(polled, PollTimeout::NONE) {
+        while !self.conversations.is_empty() {
+            let own = self.conversations.iter().map(Conversation::wanted);
+            let other = watched.map(|other| PollFd::new(other, PollFlags::POLLIN));
+            let mut all: Vec<PollFd<'_>> = other.into_iter().chain(own).collect();
+            match poll(&mut all, PollTimeout::NONE) {
                 Ok(_) | Err(Errno::EINTR) => {}
                 Err(source) => {
                     return Err(ServerError::Socket {
@@ -87,19 +94,40 @@ impl Server {
                     });
                 }
             }
-            let ready = |slot: Option<&PollFd<'_>>| slot.and_then(PollFd::any).unwrap_or(false);
-            let (socket_ready, watched_ready) = (ready(both.first()), ready(both.get(1)));
-            if count == 2 && watched_ready {
+            let mut ready = all.iter().map(|slot| slot.any().unwrap_or(false));
+            if watched.is_some() && ready.next() == Some(true) {
                 return Ok(ServerEvent::Watched);
             }
-            if socket_ready && !self.step()? {
-                return Ok(ServerEvent::Closed);
+            let ready: Vec<bool> = ready.collect();
+            let mut closed = Vec::new();
+            for (at, ready) in ready.into_iter().enumerate() {
+                if let Some(conversation) = self.conversations.get_mut(at).filter(|_| ready)
+                    && !conversation.step(&self.policy)?
+                {
+                    closed.push(at);
+                }
+            }
+            // The last first, so that the others keep their places.
+            for at in closed.into_iter().rev() {
+                self.conversations.remove(at);
             }
         }
+        Ok(ServerEvent::Closed)
+    }
+}
+
+impl Conversation {
+    /// What its socket is waited for.
+    fn wanted(&self) -> PollFd<'_> {
+        let interest = match self.waiting {
+            Some(_) => PollFlags::POLLOUT,
+            None => PollFlags::POLLIN,
+        };
+        PollFd::new(self.socket.as_fd(), interest)
     }
 
     /// Sends the waiting answer, or reads and answers one request. False when the VMM is gone.
-    fn step(&mut self) -> Result<bool, ServerError> {
+    fn step(&mut self, policy: &BrokerPolicy) -> Result<bool, ServerError> {
         if let Some(outgoing) = self.waiting.take() {
             return self.send(outgoing);
         }
@@ -123,7 +151,7 @@ impl Server {
             return Ok(false);
         }
         let request: Request = decode(buffer.get(..received.length).unwrap_or_default())?;
-        let (reply, descriptor) = match self.policy.perform(&request.op) {
+        let (reply, descriptor) = match policy.perform(&request.op) {
             Ok(descriptor) => (Reply::ok(request.id), Some(descriptor)),
             Err(error) => (Reply::error(request.id, error.to_string()), None),
         };

@@ -1,5 +1,7 @@
 //! A broker for a VMM that runs without a jailer: the same loop in a forked process.
 
+use std::os::fd::OwnedFd;
+
 use nix::errno::Errno;
 use nix::sys::prctl;
 use nix::sys::signal::Signal;
@@ -33,20 +35,39 @@ pub fn spawn_unjailed<E: std::fmt::Display>(
     policy: BrokerPolicy,
     seal: impl FnOnce() -> Result<(), E>,
 ) -> Result<Client, UnjailedError> {
+    let [socket] = spawn_unjailed_for(policy, seal)?;
+    Ok(Client::new(socket))
+}
+
+/// The same for so many threads that ask; returns a socket for the [`Client`] of each.
+///
+/// # Errors
+/// As [`spawn_unjailed`].
+pub fn spawn_unjailed_for<const THREADS: usize, E: std::fmt::Display>(
+    policy: BrokerPolicy,
+    seal: impl FnOnce() -> Result<(), E>,
+) -> Result<[OwnedFd; THREADS], UnjailedError> {
     let failed = |action| move |source| UnjailedError { action, source };
-    let (ours, theirs) = socketpair(
-        AddressFamily::Unix,
-        SockType::SeqPacket,
-        None,
-        SockFlag::SOCK_CLOEXEC,
-    )
-    .map_err(failed("socketpair"))?;
+    let (mut ours, mut theirs) = (Vec::new(), Vec::new());
+    for _ in 0..THREADS {
+        let pair = socketpair(
+            AddressFamily::Unix,
+            SockType::SeqPacket,
+            None,
+            SockFlag::SOCK_CLOEXEC,
+        );
+        let (our, their) = pair.map_err(failed("socketpair"))?;
+        ours.push(our);
+        theirs.push(their);
+    }
     let parent = nix::unistd::getpid();
     match fork_single_threaded().map_err(failed("fork"))? {
-        Fork::Parent(_) => Ok(Client::new(ours)),
+        Fork::Parent(_) => ours
+            .try_into()
+            .map_err(|_| failed("socketpair")(Errno::EINVAL)),
         Fork::Child => {
             drop(ours);
-            let code = run(Server::new(theirs, policy), parent, seal);
+            let code = run(Server::with_sockets(theirs, policy), parent, seal);
             std::process::exit(code);
         }
     }

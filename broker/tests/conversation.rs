@@ -90,6 +90,7 @@ fn files_come_from_what_was_passed_the_allow_list_and_the_chroot() {
         ],
         chroot: Some(directory(&base.path().join("root"))),
         connections: Vec::new(),
+        unconfined: false,
     });
     for (name, text) in [
         ("passed-name", "passed"),

@@ -32,6 +32,8 @@ What it may use (descriptors, opened now; names are those of the machine config,
   --grant-connect [NAME=]PATH  the Unix socket of a vhost-user back-end, connected to here
   --grant-listen [NAME=]PATH  a Unix socket, made here and owned by --uid; guests' connections
                             go to PATH_<port>. The caller removes it.
+  --grant-api [NAME=]PATH   a Unix socket for the VMM's API, made and removed likewise. `--api-sock PATH` among
+                            the VMM's arguments means the same, beneath the chroot if there is one
   --log-fd N                an inherited descriptor for the log
   --allow-open PATH         a file, or everything beneath a directory, that may be asked for later
   --chroot-base-dir DIR     [/srv/jailer] if DIR/<exec name>/ID/root exists, files beneath it may be asked for
@@ -177,6 +179,10 @@ pub enum GrantKind {
     Listen,
     /// `--grant-connect`
     Connect,
+    /// `--grant-api`
+    Api,
+    /// `--api-sock` among the VMM's arguments: beneath the chroot, if there is one
+    ApiSock,
 }
 
 /// Why the command line is refused.
@@ -298,6 +304,7 @@ pub fn parse(arguments: impl Iterator<Item = OsString>) -> Result<Command, Argum
             "grant-connect" => result
                 .grants
                 .push(grant(GrantKind::Connect, parser.value()?)?),
+            "grant-api" => result.grants.push(grant(GrantKind::Api, parser.value()?)?),
             "allow-open" => result.allow_open.push(parser.value()?.into()),
             "log-fd" => result.log_fd = Some(log_fd(&parser.value()?.string()?)?),
             "allow-missing" => match parser.value()?.string()?.as_str() {
@@ -318,12 +325,35 @@ pub fn parse(arguments: impl Iterator<Item = OsString>) -> Result<Command, Argum
     result.uid = uid.ok_or(ArgumentError::Missing("uid"))?;
     result.gid = gid.ok_or(ArgumentError::Missing("gid"))?;
     result.exec_name = exec_name(&result.exec_file)?;
+    if let Some(socket) = api_sock(&result.vmm_arguments) {
+        let named = |grant: &Grant| grant.kind == GrantKind::Api && *grant.name == *socket;
+        if !result.grants.iter().any(named) {
+            result.grants.push(grant(GrantKind::ApiSock, socket)?);
+        }
+    }
     check_names(&result.grants)?;
     if result.daemonize && result.die_with_parent {
         let why = "a daemon outlives whoever started it: not together with --daemonize";
         return Err(bad("die-with-parent", "", why));
     }
     Ok(Command::Run(Box::new(result)))
+}
+
+/// The value of `--api-sock`, if the VMM gets it.
+fn api_sock(vmm_arguments: &[OsString]) -> Option<OsString> {
+    let mut arguments = vmm_arguments.iter();
+    while let Some(argument) = arguments.next() {
+        if argument == "--api-sock" {
+            return arguments.next().cloned();
+        }
+        if let Some(value) = argument
+            .to_str()
+            .and_then(|a| a.strip_prefix("--api-sock="))
+        {
+            return Some(value.into());
+        }
+    }
+    None
 }
 
 fn bad(option: &'static str, value: &str, why: &'static str) -> ArgumentError {
@@ -426,6 +456,14 @@ fn exec_name(path: &Path) -> Result<String, ArgumentError> {
     }
 }
 
+/// Names that the hand-over uses itself.
+const RESERVED: [&str; 4] = [
+    handover::KVM,
+    handover::BROKER,
+    handover::CONTROL_BROKER,
+    handover::LOG,
+];
+
 /// `[NAME=]PATH`. A name may be a path itself (`/images/a=/real/a`) and a path may hold `=`
 /// (`/images/a=b`): so a name ends at `=/`, or at the first `=` if it is no path.
 fn grant(kind: GrantKind, value: OsString) -> Result<Grant, ArgumentError> {
@@ -436,6 +474,8 @@ fn grant(kind: GrantKind, value: OsString) -> Result<Grant, ArgumentError> {
         GrantKind::Tap => "grant-tap",
         GrantKind::Listen => "grant-listen",
         GrantKind::Connect => "grant-connect",
+        GrantKind::Api => "grant-api",
+        GrantKind::ApiSock => "api-sock",
     };
     let text = value
         .to_str()
@@ -450,6 +490,8 @@ fn grant(kind: GrantKind, value: OsString) -> Result<Grant, ArgumentError> {
             let name = if name == path { interface } else { name };
             (name, interface, count.parse().unwrap_or(0))
         }
+        // The VMM looks for it by all of its own argument.
+        (GrantKind::ApiSock, _) => (text, text, 1),
         _ => (name, path, 1),
     };
     let wrong = if path.is_empty() {
@@ -458,8 +500,8 @@ fn grant(kind: GrantKind, value: OsString) -> Result<Grant, ArgumentError> {
         Some("it contains a control character")
     } else if casemate_broker::protocol::check_name(name).is_err() {
         Some("the name is empty or contains `..`: give another one with NAME=PATH")
-    } else if [handover::KVM, handover::BROKER, handover::LOG].contains(&name) {
-        Some("kvm, broker and log are the jailer's own names")
+    } else if RESERVED.contains(&name) {
+        Some("kvm, broker, broker-control and log are the jailer's own names")
     } else if !(1..=MAX_QUEUES).contains(&queues) {
         Some("an interface gives 1 to 8 queues")
     } else if kind == GrantKind::Tap && (path.len() > 15 || path.contains(['/', ' ', '%'])) {

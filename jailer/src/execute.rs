@@ -59,7 +59,7 @@ struct Jail<'a> {
     null: Option<OwnedFd>,
     log: Option<Arc<OwnedFd>>,
     named: Vec<Named>,
-    listeners: Vec<(String, Listener)>,
+    listeners: Vec<(GrantKind, String, Listener)>,
     allowed: Vec<AllowedName>,
     chroot: Option<OwnedFd>,
     cgroups: cgroup::Made,
@@ -150,7 +150,7 @@ impl<'a> Jail<'a> {
     }
 
     fn undo(&mut self) {
-        for (_, listener) in &self.listeners {
+        for (_, _, listener) in &self.listeners {
             listener.remove();
         }
         self.cgroups.undo();
@@ -202,7 +202,10 @@ impl<'a> Jail<'a> {
                         }
                         GrantKind::Append => (Kind::Append, grants::open_append(&grant.path)?),
                         GrantKind::Connect => (Kind::Stream, grants::connect_to(&grant.path)?),
-                        GrantKind::Tap | GrantKind::Listen => continue,
+                        GrantKind::Tap
+                        | GrantKind::Listen
+                        | GrantKind::Api
+                        | GrantKind::ApiSock => continue,
                     };
                     self.name(&grant.name, kind, file);
                 }
@@ -221,14 +224,18 @@ impl<'a> Jail<'a> {
                 Ok(())
             }
             Step::Listen => {
-                for grant in arguments
-                    .grants
-                    .iter()
-                    .filter(|g| g.kind == GrantKind::Listen)
-                {
-                    let listener =
-                        grants::make_listener(&grant.path, arguments.uid, arguments.gid)?;
-                    self.listeners.push((grant.name.clone(), listener));
+                for grant in &arguments.grants {
+                    let path = match grant.kind {
+                        GrantKind::Listen | GrantKind::Api => grant.path.clone(),
+                        GrantKind::ApiSock if self.chroot.is_some() => {
+                            grants::beneath_chroot(arguments, &grant.path)
+                        }
+                        GrantKind::ApiSock => grant.path.clone(),
+                        _ => continue,
+                    };
+                    let listener = grants::make_listener(&path, arguments.uid, arguments.gid)?;
+                    let name = grant.name.clone();
+                    self.listeners.push((grant.kind, name, listener));
                 }
                 Ok(())
             }
@@ -333,15 +340,18 @@ impl<'a> Jail<'a> {
     fn split(&mut self, how: Fork) -> Result<Half> {
         let signals = broker::watch_signals()?;
         let me = sys::pidfd_open(getpid()).doing("open", "a descriptor for this process")?;
-        let pair = if how.broker {
+        let asking = [
+            (how.broker, handover::BROKER),
+            (how.broker && how.api, handover::CONTROL_BROKER),
+        ];
+        let (mut ours, mut theirs) = (Vec::new(), Vec::new());
+        for (_, name) in asking.into_iter().filter(|(asks, _)| *asks) {
             let flags = SockFlag::SOCK_CLOEXEC;
-            let pair = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, flags)
+            let (our, their) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, flags)
                 .doing("make", "the broker's socket pair")?;
-            Some(pair)
-        } else {
-            None
-        };
-        let (ours, theirs) = pair.unzip();
+            ours.push(our);
+            theirs.push((name, their));
+        }
         if how.new_pid_ns {
             namespaces::new_pid_for_children()?;
         }
@@ -354,10 +364,10 @@ impl<'a> Jail<'a> {
                 }
                 drop(signals);
                 drop(ours);
-                if let Some(socket) = theirs {
-                    self.name(handover::BROKER, Kind::Broker, socket);
+                for (name, socket) in theirs {
+                    self.name(name, Kind::Broker, socket);
                 }
-                for (name, listener) in std::mem::take(&mut self.listeners) {
+                for (_, name, listener) in std::mem::take(&mut self.listeners) {
                     self.name(&name, Kind::Listener, listener.socket);
                 }
                 self.other_half = Some(me);
@@ -367,7 +377,7 @@ impl<'a> Jail<'a> {
                 let pidfd = sys::pidfd_open(child).doing("open", "a descriptor for the VMM")?;
                 Ok(Half::Parent(Box::new(Stay {
                     policy: self.policy(),
-                    socket: ours,
+                    sockets: ours,
                     child: Child { pid: child, pidfd },
                     signals,
                 })))
@@ -395,12 +405,14 @@ impl<'a> Jail<'a> {
             chroot: self.chroot.take(),
             connections: std::mem::take(&mut self.listeners)
                 .into_iter()
-                .map(|(device, listener)| ConnectTarget {
+                .filter(|(kind, ..)| *kind == GrantKind::Listen)
+                .map(|(_, device, listener)| ConnectTarget {
                     device,
                     directory: listener.directory,
                     base_name: listener.base_name,
                 })
                 .collect(),
+            unconfined: false,
         }
     }
 

@@ -250,19 +250,28 @@ pub fn open_device(path: &str) -> Result<OwnedFd> {
     }
 }
 
-/// Opens the operator's chroot, if there is one.
-///
-/// # Errors
-/// If something is there, but is no directory or behind a symbolic link.
-pub fn open_chroot(arguments: &Arguments) -> Result<Option<OwnedFd>> {
-    let path: PathBuf = [
+/// What is at `path` as seen in the operator's chroot, as the host sees it.
+pub fn beneath_chroot(arguments: &Arguments, path: &Path) -> PathBuf {
+    chroot(arguments).join(path.strip_prefix("/").unwrap_or(path))
+}
+
+fn chroot(arguments: &Arguments) -> PathBuf {
+    [
         arguments.chroot_base_dir.as_path(),
         Path::new(&arguments.exec_name),
         Path::new(arguments.id.as_str()),
         Path::new("root"),
     ]
     .iter()
-    .collect();
+    .collect()
+}
+
+/// Opens the operator's chroot, if there is one.
+///
+/// # Errors
+/// If something is there, but is no directory or behind a symbolic link.
+pub fn open_chroot(arguments: &Arguments) -> Result<Option<OwnedFd>> {
+    let path = chroot(arguments);
     match open_strictly(&path, OFlag::O_PATH | OFlag::O_DIRECTORY) {
         Err(crate::error::Error::Call {
             source: Errno::ENOENT,

@@ -186,18 +186,23 @@ pub struct Fork {
     pub new_pid_ns: bool,
     /// The half that stays answers requests.
     pub broker: bool,
+    /// Also those of the VMM's control thread.
+    pub api: bool,
 }
 
 /// Orders the steps.
 pub fn plan(arguments: &Arguments, facts: Facts) -> Plan {
     let has = |kind| arguments.grants.iter().any(|grant| grant.kind == kind);
-    let listens = has(GrantKind::Listen);
+    let api = has(GrantKind::Api) || has(GrantKind::ApiSock);
+    // Requests of the API name files, too.
+    let listens = has(GrantKind::Listen) || api;
     let looks_beneath = facts.chroot_exists || !arguments.allow_open.is_empty();
     // No broker runs for a VM that needs none.
     let broker = listens || looks_beneath;
     let fork = (broker || arguments.new_pid_ns).then_some(Fork {
         new_pid_ns: arguments.new_pid_ns,
         broker,
+        api,
     });
     let steps = |all: &[(bool, Step)]| -> Vec<Step> {
         all.iter()
@@ -358,6 +363,8 @@ mod tests {
         assert!(!plan.vmm.contains(&Step::DieWithParent));
         for (more, facts) in [
             ("--grant-listen /l", Facts::default()),
+            ("--grant-api /l", Facts::default()),
+            ("-- --api-sock /l", Facts::default()),
             ("--allow-open /o", Facts::default()),
             (
                 "",

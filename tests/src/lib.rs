@@ -8,6 +8,7 @@
 //! assert_eq!(done.code, exit::GUEST_RESET);
 //! ```
 
+mod api;
 mod disk;
 mod kernels;
 mod leftovers;
@@ -17,6 +18,7 @@ mod process;
 mod run;
 mod vm;
 
+pub use api::{ApiAnswer, ApiClient};
 pub use casemate_broker::exit;
 pub use disk::{pattern_disk, pattern_word};
 pub use kernels::broken_kernels;

@@ -43,6 +43,7 @@ pub struct Vm {
     dir: TempDir,
     config: Value,
     jailed: bool,
+    api: bool,
     id: String,
     uid: u32,
     grants: Vec<(&'static str, String)>,
@@ -73,6 +74,7 @@ impl Vm {
             }),
             dir,
             jailed: true,
+            api: false,
             id: unique_id("test"),
             uid: unique_uid(),
             grants: vec![("--grant-ro", kernel)],
@@ -92,6 +94,23 @@ impl Vm {
     pub fn unjailed(mut self) -> Self {
         self.jailed = false;
         self
+    }
+
+    /// With the API on [`Vm::api_path`] and no config file: its clients configure it.
+    #[must_use]
+    pub fn api(mut self) -> Self {
+        self.api = true;
+        self
+    }
+
+    /// The API's socket.
+    pub fn api_path(&self) -> PathBuf {
+        self.path("api.sock")
+    }
+
+    /// What would be in the config file.
+    pub fn config(&self) -> &Value {
+        &self.config
     }
 
     /// Changes the machine config: `pointer` as in RFC 6901.
@@ -265,7 +284,10 @@ impl Vm {
     /// The command that starts it; the config is written to the test's directory.
     pub fn command(&self) -> Result<Command> {
         let config = self.path("config.json");
-        std::fs::write(&config, self.config.to_string()).context("writing the machine config")?;
+        if !self.api {
+            let text = self.config.to_string();
+            std::fs::write(&config, text).context("writing the machine config")?;
+        }
         let mut command;
         if self.jailed {
             command = Command::new(bin("casemate-jailer"));
@@ -276,16 +298,25 @@ impl Vm {
             for (flag, value) in &self.grants {
                 command.args([*flag, value]);
             }
-            command
-                .arg("--grant-ro")
-                .arg(format!("config={}", config.display()));
+            if !self.api {
+                let grant = format!("config={}", config.display());
+                command.args(["--grant-ro", &grant]);
+            }
             command.args(&self.jailer_args);
-            command.args(["--", "--no-api", "--config-file", "config"]);
+            command.arg("--");
+            if self.api {
+                command.arg("--api-sock").arg(self.api_path());
+            } else {
+                command.args(["--no-api", "--config-file", "config"]);
+            }
         } else {
             command = Command::new(bin("casemate-vmm"));
-            command
-                .args(["--no-api", "--id", &self.id, "--config-file"])
-                .arg(&config);
+            command.args(["--id", &self.id]);
+            if self.api {
+                command.arg("--api-sock").arg(self.api_path());
+            } else {
+                command.args(["--no-api", "--config-file"]).arg(&config);
+            }
         }
         command.args(&self.vmm_args);
         Ok(command)

@@ -7,17 +7,21 @@ use lexopt::{Arg, Parser, ValueExt};
 use log::LevelFilter;
 use thiserror::Error;
 
-use crate::{logging, mmds};
+use crate::logging;
 
 /// What `--help` prints.
 pub const HELP: &str = "\
-Usage: casemate-vmm --no-api --config-file FILE [OPTION...]
+Usage: casemate-vmm [--api-sock PATH] [--config-file FILE] [OPTION...]
+       casemate-vmm --no-api --config-file FILE [OPTION...]
 Runs one microVM. Its first serial port is standard input and output.
 
-  --no-api            start from the config file alone (there is no API yet)
-  --config-file FILE  the machine, in Firecracker's config-file schema
-  --metadata FILE     what the metadata service shows at first, as JSON
-  --mmds-size-limit N most bytes of metadata [51200]
+  --api-sock PATH     the Unix socket of the API [/run/firecracker.socket]; in a jail the jailer makes it
+  --no-api            no API: start from the config file alone
+  --config-file FILE  the machine, in Firecracker's config-file schema: start it at once
+  --metadata FILE     what the metadata service has at the start, as JSON
+  --http-api-max-payload-size N
+                      most bytes of a request's body [51200]
+  --mmds-size-limit N most bytes of metadata [as --http-api-max-payload-size]
   --id ID             its name: 1 to 64 letters, digits and hyphens [anonymous]
   --enable-pci        virtio devices sit on a PCI bus, not in MMIO windows
   --handover-fd N     what the jailer opened (given by the jailer)
@@ -31,12 +35,21 @@ Runs one microVM. Its first serial port is standard input and output.
   --boot-timer        let the guest say that it has booted, by writing the byte 123 to 0xc0000000
   --start-time-us N, --start-time-cpu-us N, --parent-cpu-time-us N
                       when the start began (CLOCK_MONOTONIC), and CPU time spent since, for the metrics
+  --snapshot-version, --describe-snapshot FILE
+                      (there are no snapshots yet)
   --version           print the version
   --help              print this
 
 Exit codes: 0 the guest powered off, 1 the VMM failed while it ran, 2 bad arguments, config or
 resources (nothing was started), 10 the guest asked for a reset, 11 the guest crashed, 12 ended by
 SIGTERM or SIGINT (the first presses the power button), 159 seccomp violation.";
+
+/// Where the API listens unless said otherwise: where Firecracker's does.
+pub const DEFAULT_API_SOCK: &str = "/run/firecracker.socket";
+/// Most bytes of the body of a request, unless said otherwise.
+pub const DEFAULT_MAX_PAYLOAD: usize = 51200;
+/// Most that can be asked for, so that all clients together have no more than a few dozen times that.
+const MAX_PAYLOAD: usize = 64 << 20;
 
 /// What the command line asks for.
 #[derive(Debug, PartialEq, Eq)]
@@ -52,11 +65,15 @@ pub enum Arguments {
 /// How to run a machine.
 #[derive(Debug, PartialEq, Eq)]
 pub struct RunArguments {
-    /// Where the config is.
-    pub config_file: String,
-    /// Where the first metadata are.
+    /// Where the config is. Without one, the API has it.
+    pub config_file: Option<String>,
+    /// Where the API listens, if it does.
+    pub api_sock: Option<String>,
+    /// Most bytes of the body of a request.
+    pub max_payload: usize,
+    /// Where metadata is that the guest finds from the start.
     pub metadata: Option<String>,
-    /// Most bytes of metadata as JSON.
+    /// Most bytes of metadata, as JSON.
     pub mmds_size_limit: usize,
     /// The machine's name.
     pub id: MachineId,
@@ -112,6 +129,9 @@ pub enum Error {
     /// Given twice.
     #[error("{0} is given twice")]
     Twice(&'static str),
+    /// An option of Firecracker's that this VMM does not do yet.
+    #[error("{0}: there are no snapshots yet")]
+    NotYet(&'static str),
     /// An option that is not optional.
     #[error("{0}; see --help")]
     Missing(&'static str),
@@ -128,6 +148,7 @@ where
 {
     let mut parser = Parser::from_args(arguments);
     let (mut no_api, mut config_file, mut id) = (false, None, None);
+    let (mut api_sock, mut max_payload) = (None, None);
     let (mut handover_fd, mut log_path, mut level) = (None, None, None);
     let (mut show_level, mut show_origin, mut module) = (false, false, None);
     let (mut metrics_path, mut boot_timer, mut enable_pci) = (None, false, false);
@@ -169,19 +190,18 @@ where
                     &mut parser,
                 )?;
             }
+            Arg::Long("api-sock") => set(&mut api_sock, "--api-sock", parser.value()?.string()?)?,
+            Arg::Long("metadata") => set(&mut metadata, "--metadata", parser.value()?.string()?)?,
+            Arg::Long("http-api-max-payload-size") => {
+                bytes(&mut max_payload, "--http-api-max-payload-size", &mut parser)?;
+            }
+            Arg::Long("mmds-size-limit") => {
+                bytes(&mut mmds_size_limit, "--mmds-size-limit", &mut parser)?;
+            }
+            Arg::Long("snapshot-version") => return Err(Error::NotYet("--snapshot-version")),
+            Arg::Long("describe-snapshot") => return Err(Error::NotYet("--describe-snapshot")),
             Arg::Long("config-file") => {
                 set(&mut config_file, "--config-file", parser.value()?.string()?)?;
-            }
-            Arg::Long("metadata") => set(&mut metadata, "--metadata", parser.value()?.string()?)?,
-            Arg::Long("mmds-size-limit") => {
-                let option = "--mmds-size-limit";
-                let limit = value(
-                    option,
-                    parser.value()?.string()?,
-                    "a number of bytes",
-                    |text| text.parse().ok(),
-                )?;
-                set(&mut mmds_size_limit, option, limit)?;
             }
             Arg::Long("id") => set(&mut id, "--id", parser.value()?.string()?.parse()?)?,
             Arg::Long("log-path") => set(&mut log_path, "--log-path", parser.value()?.string()?)?,
@@ -204,15 +224,20 @@ where
             other => return Err(other.unexpected().into()),
         }
     }
-    if !no_api {
-        return Err(Error::Missing(
-            "there is no API yet: give --no-api and --config-file",
-        ));
+    if no_api && api_sock.is_some() {
+        return Err(Error::Missing("--no-api and --api-sock exclude each other"));
     }
+    if no_api && config_file.is_none() {
+        return Err(Error::Missing("--config-file is missing, with --no-api"));
+    }
+    let max_payload = max_payload.unwrap_or(DEFAULT_MAX_PAYLOAD);
+    let api_sock = api_sock.unwrap_or_else(|| DEFAULT_API_SOCK.to_owned());
     Ok(Arguments::Run(Box::new(RunArguments {
-        config_file: config_file.ok_or(Error::Missing("--config-file is missing"))?,
+        config_file,
+        api_sock: (!no_api).then_some(api_sock),
+        max_payload,
         metadata,
-        mmds_size_limit: mmds_size_limit.unwrap_or(mmds::DEFAULT_LIMIT),
+        mmds_size_limit: mmds_size_limit.unwrap_or(max_payload),
         id: match id {
             Some(id) => id,
             None => "anonymous".parse()?,
@@ -240,6 +265,14 @@ fn microseconds(
     let text = parser.value()?.string()?;
     let count = value(option, text, "a number of microseconds", |text| {
         text.parse().ok()
+    })?;
+    set(slot, option, count)
+}
+
+fn bytes(slot: &mut Option<usize>, option: &'static str, parser: &mut Parser) -> Result<(), Error> {
+    let allowed = "a number of bytes, 1 to 67108864";
+    let count = value(option, parser.value()?.string()?, allowed, |text| {
+        text.parse().ok().filter(|n| (1..=MAX_PAYLOAD).contains(n))
     })?;
     set(slot, option, count)
 }
@@ -283,21 +316,39 @@ mod tests {
         assert_eq!(run.id.as_str(), "vm-1");
         assert_eq!(run.handover_fd, Some(5));
         assert!(!run.enable_pci);
-        assert_eq!(run.config_file, "config");
+        assert_eq!(run.config_file.as_deref(), Some("config"));
+        assert_eq!(run.api_sock, None);
         assert_eq!(run.logging.level, LevelFilter::Debug);
         assert_eq!(parse(["--help"]).unwrap(), Arguments::Help);
+        let Arguments::Run(run) = parse(None::<&str>).unwrap() else {
+            panic!("not a run");
+        };
+        assert_eq!(run.api_sock.as_deref(), Some("/run/firecracker.socket"));
+        assert_eq!(
+            (run.config_file, run.max_payload, run.mmds_size_limit),
+            (None, 51200, 51200)
+        );
+        let arguments = "--api-sock /x --http-api-max-payload-size 7 --mmds-size-limit 8";
+        let Arguments::Run(run) = parse(arguments.split(' ')).unwrap() else {
+            panic!("not a run");
+        };
+        assert_eq!(run.api_sock.as_deref(), Some("/x"));
+        assert_eq!((run.max_payload, run.mmds_size_limit), (7, 8));
         assert_eq!(parse(["--version"]).unwrap(), Arguments::Version);
     }
 
     #[test]
     fn says_what_is_wrong() {
         for (arguments, text) in [
-            (&[][..], "--no-api"),
-            (&["--no-api"], "--config-file is missing"),
+            (&["--no-api"][..], "--config-file is missing"),
             (&["--config-file"], "--config-file"),
             (&["--bogus"], "--bogus"),
             (&["stray"], "stray"),
-            (&["--api-sock", "/x"], "--api-sock"),
+            (&["--no-api", "--api-sock", "/x"], "--api-sock"),
+            (&["--http-api-max-payload-size", "0"], "payload-size"),
+            (&["--mmds-size-limit", "all"], "--mmds-size-limit"),
+            (&["--snapshot-version"], "no snapshots yet"),
+            (&["--describe-snapshot", "/s"], "no snapshots yet"),
             (&["--no-api", "--config-file", "c", "--id", "../x"], "--id"),
             (&["--id", ""], "--id"),
             (&["--id", &"x".repeat(300)], "300"),

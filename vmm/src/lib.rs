@@ -44,6 +44,9 @@ pub enum Error {
     /// The config, or what it names.
     #[error(transparent)]
     Resources(#[from] resources::Error),
+    /// The log or the metrics.
+    #[error(transparent)]
+    Observe(#[from] control::observe::Error),
     /// The machine.
     #[error(transparent)]
     Machine(#[from] machine::Error),

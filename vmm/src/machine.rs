@@ -4,6 +4,7 @@ use std::io;
 use std::sync::Arc;
 use std::sync::mpsc::{Sender, channel};
 use std::thread::Builder;
+use std::time::Duration;
 
 use log::{info, warn};
 use thiserror::Error;
@@ -38,6 +39,7 @@ use crate::virtio::{
 mod attached;
 mod command_line;
 mod console;
+pub mod devices;
 mod drives;
 pub mod hotplug;
 mod network;
@@ -48,6 +50,7 @@ pub mod vcpus;
 use attached::{Attached, OnMmio, OnPci};
 use command_line::command_line;
 pub use console::ConsolePanel;
+use devices::Devices;
 use hotplug::Hotplug;
 pub use pmem::explain;
 use vcpus::Vcpus;
@@ -148,6 +151,7 @@ pub struct Machine {
     buses: Arc<Buses>,
     worker: Option<DeviceWorker>,
     hotplug: Option<Hotplug>,
+    devices: Devices,
     panel: Panel,
 }
 
@@ -181,6 +185,8 @@ pub struct RunningMachine {
     pub panel: Panel,
     /// Adds and removes devices, on a PCI bus.
     pub hotplug: Option<Hotplug>,
+    /// The virtio devices by their names.
+    pub devices: Devices,
     vcpus: Vcpus,
     /// The memslots stay valid as long as this does.
     _vm: Vm,
@@ -256,6 +262,7 @@ pub fn build(config: &Config, resources: Resources, options: Options) -> Result<
     }
     devices.extend(panel.console.as_ref().map(ConsolePanel::device));
     devices.extend(drives::directories(config, fs)?);
+    let names = devices::names(config, &devices);
     let counting = devices.iter().filter_map(|device| device.metrics());
     panel.metrics.extend(counting);
     let devices = if options.enable_pci {
@@ -307,6 +314,7 @@ pub fn build(config: &Config, resources: Resources, options: Options) -> Result<
         vcpus,
         host_cpus: placement::host_cpus(&config.machine_config),
         buses,
+        devices: Devices::new(names, worker.as_ref().map(DeviceWorker::handle)),
         worker,
         hotplug,
         panel,
@@ -471,6 +479,7 @@ impl Machine {
         Ok(RunningMachine {
             panel: self.panel,
             hotplug: self.hotplug,
+            devices: self.devices,
             vcpus: Vcpus::new(vcpus, registers),
             _vm: self.vm,
         })
@@ -502,6 +511,15 @@ impl RunningMachine {
     /// Stops the guest: each vCPU at its next instruction, without waiting for that.
     pub fn pause(&mut self) {
         self.vcpus.pause();
+    }
+
+    /// Waits until the guest has stopped after [`RunningMachine::pause`]; else the number of a vCPU that has
+    /// not by then.
+    ///
+    /// # Errors
+    /// That number.
+    pub fn wait_until_paused(&self, patience: Duration) -> Result<(), usize> {
+        self.vcpus.wait_until_paused(patience)
     }
 
     /// Adds vCPUs, or asks the guest to let go of some, until there are `count`.

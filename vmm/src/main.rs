@@ -7,14 +7,12 @@ use std::process::exit;
 use casemate_broker::exit::BAD_INPUT;
 use casemate_broker::{Handover, Kind};
 use casemate_vmm::arguments::{self, Arguments, RunArguments};
-use casemate_vmm::config::Config;
-use casemate_vmm::control::Control;
+use casemate_vmm::control::{Control, api, observe};
 use casemate_vmm::devices::boot_timer::Moment;
 use casemate_vmm::ending::End;
-use casemate_vmm::lockdown::{self, Role, Stage};
 use casemate_vmm::metrics::{self, Reporter};
-use casemate_vmm::resources::{Jail, Source};
-use casemate_vmm::{Error, logging, machine, memory};
+use casemate_vmm::resources::{Jail, Served, Source};
+use casemate_vmm::{Error, lockdown, logging, machine, memory};
 use log::{debug, error, info, warn};
 
 fn main() {
@@ -52,86 +50,84 @@ fn start() -> Result<Option<End>, Error> {
 }
 
 fn run(arguments: &RunArguments) -> Result<End, Error> {
-    let jailed = arguments.handover_fd.is_some();
     let start = Moment::now();
-    let (mut source, log_file) = match arguments.handover_fd {
-        Some(number) => {
-            // Nothing needs opening, so the walls go up before the first byte is read.
-            lock_down()?;
-            let mut handover = Handover::from_inherited(number)?;
-            let log = handover.remaining().any(|(_, kind)| kind == Kind::Log);
-            let log = log
-                .then(|| handover.take("log", &[Kind::Log]))
-                .transpose()?;
-            let mut source = Source::Jailed(Jail::new(handover)?);
-            let log = match (log, arguments.log_path.as_deref()) {
-                (Some(log), _) => Some(File::from(log)),
-                (None, path) => path.map(|path| source.append("log", path)).transpose()?,
-            };
-            (source, log)
-        }
-        None => {
-            let mut source = Source::Direct;
-            let log = arguments.log_path.as_deref();
-            let log = log.map(|path| source.append("log", path)).transpose()?;
-            (source, log)
-        }
-    };
+    let (mut source, log_file) = source(arguments)?;
     logging::start(
         arguments.id.to_string(),
         arguments.logging.clone(),
         log_file,
     );
-    let config = source.config(&arguments.config_file)?;
-    if let Some(logger) = &config.logger {
-        let file = logger.log_path.as_deref();
-        let file = file.map(|path| source.append("log", path)).transpose()?;
-        logging::apply(logger, file)?;
+    // Early, so that clients need not wait for it, and not before the broker, which shall not hold it.
+    let listener = match (&mut source, &arguments.api_sock) {
+        (Source::Served(served), Some(path)) => Some(served.api_listener(path)?),
+        _ => None,
+    };
+    let config_file = arguments.config_file.as_deref();
+    let config = config_file.map(|path| source.config(path)).transpose()?;
+    let start_now = config.is_some();
+    let config = config.unwrap_or_default();
+    let mut reporter = Reporter::new(logging::metrics());
+    if let Some(path) = &arguments.metrics_path {
+        reporter.start(source.append("metrics", path)?, metrics::Options::default());
     }
-    let reporter = reporter(arguments, &config, &mut source)?;
+    reporter.report_start(arguments.start_times);
+    let id = arguments.id.as_str();
+    observe::apply(&config, &mut source, &mut reporter, id)?;
     let metadata = source.metadata(arguments.metadata.as_deref(), arguments.mmds_size_limit)?;
-    let mut resources = source.open(&config)?;
-    resources.metadata = metadata;
-    if !jailed {
-        lock_down()?;
-    }
-    let options = machine::Options {
+    let machine = machine::Options {
         boot_timer: arguments.boot_timer.then_some(start),
         enable_pci: arguments.enable_pci,
     };
-    let control = Control::new(reporter)?;
-    let machine = machine::build(&config, resources, options)?;
+    let jailed = arguments.handover_fd.is_some();
     if !jailed {
         warn!("there is no jail around this machine: start it with casemate-jailer");
     }
-    control.run(machine)
-}
-
-/// The metrics, which go where the command line says or else the config.
-fn reporter(
-    arguments: &RunArguments,
-    config: &Config,
-    source: &mut Source,
-) -> Result<Reporter, Error> {
-    let mut reporter = Reporter::new(logging::metrics());
-    reporter.report_start(arguments.start_times);
-    let (path, options) = match (&arguments.metrics_path, &config.metrics) {
-        (Some(path), _) => (path, metrics::Options::default()),
-        (None, Some(section)) => {
-            let options = metrics::Options::of(section, arguments.id.as_str());
-            (&section.metrics_path, options)
+    match listener {
+        None => {
+            let mut resources = source.open(&config)?;
+            resources.metadata = metadata;
+            source.lock_down()?;
+            let control = Control::new(reporter)?;
+            control.run(machine::build(&config, resources, machine)?)
         }
-        (None, None) => return Ok(reporter),
-    };
-    reporter.start(source.append("metrics", path)?, options);
-    Ok(reporter)
+        Some(listener) => {
+            let options = api::Options {
+                listener,
+                max_payload: arguments.max_payload,
+                id: id.to_owned(),
+                machine,
+                config,
+                metadata,
+            };
+            Control::new(reporter)?.serve(options, source, start_now)
+        }
+    }
 }
 
-/// Everything is open: from here on nothing can be opened any more.
-fn lock_down() -> Result<(), Error> {
-    lockdown::enter(Role::Control, Stage::Setup)?;
-    // Whether its absence is tolerable is the jailer's decision, and it has been made.
-    let outcome = lockdown::landlock_nothing(true)?;
-    info!("{outcome}");
-    Ok(())
+/// Where everything comes from, and the log's file.
+fn source(arguments: &RunArguments) -> Result<(Source, Option<File>), Error> {
+    let api = arguments.api_sock.is_some();
+    let (mut source, log) = match arguments.handover_fd {
+        Some(number) => {
+            // Nothing needs opening, so the walls go up before the first byte is read.
+            lockdown::lock_down()?;
+            let mut handover = Handover::from_inherited(number)?;
+            let log = handover.remaining().any(|(_, kind)| kind == Kind::Log);
+            let log = log
+                .then(|| handover.take("log", &[Kind::Log]))
+                .transpose()?;
+            let source = match api {
+                true => Source::Served(Box::new(Served::jailed(handover)?)),
+                false => Source::Jailed(Jail::new(handover)?),
+            };
+            (source, log.map(File::from))
+        }
+        None if api => (Source::Served(Box::new(Served::direct()?)), None),
+        None => (Source::Direct, None),
+    };
+    let log = match (log, arguments.log_path.as_deref()) {
+        (Some(log), _) => Some(log),
+        (None, path) => path.map(|path| source.append("log", path)).transpose()?,
+    };
+    Ok((source, log))
 }

@@ -19,16 +19,18 @@ use casemate_broker::{
 };
 use thiserror::Error;
 
-use crate::config::{self, Config, CpuConfig};
+use crate::config::{self, Config, CpuConfig, Drive};
 use crate::lockdown::{self, Role, Stage};
 use crate::memory::huge;
 use crate::mmds::{self, Store};
 
 mod append;
 mod drive;
+mod served;
 mod tap;
 
 pub use drive::DriveBackend;
+pub use served::Served;
 
 /// How long the broker may take for an answer during setup.
 const BROKER_PATIENCE: Duration = Duration::from_secs(5);
@@ -75,6 +77,16 @@ pub enum Error {
         name: String,
         /// Why.
         source: ClientError,
+    },
+    /// A machine without a jail that could not be started before.
+    #[error(
+        "{what} {name:?}: after a start that failed nothing new of this kind can be opened: start a new VMM"
+    )]
+    TooLate {
+        /// What it is for.
+        what: &'static str,
+        /// Its name in the config.
+        name: String,
     },
     /// No broker beside an unjailed VMM.
     #[error(transparent)]
@@ -133,6 +145,8 @@ pub enum Source {
     Direct,
     /// The jailer has opened it.
     Jailed(Jail),
+    /// Either, for a machine that is configured by requests.
+    Served(Box<Served>),
 }
 
 /// What a jailed process has instead of a file system.
@@ -231,6 +245,7 @@ impl Source {
         match self {
             Self::Direct => append::open(name).map_err(|source| open(what, name, source)),
             Self::Jailed(jail) => jail.take(what, name, Kind::Append).map(File::from),
+            Self::Served(served) => served.append(what, name),
         }
     }
 
@@ -241,9 +256,9 @@ impl Source {
     ///
     /// # Errors
     /// See [`Error`]; the first thing that is not there.
-    pub fn open(mut self, config: &Config) -> Result<Resources, Error> {
+    pub fn open(&mut self, config: &Config) -> Result<Resources, Error> {
         // A broker that is forked here comes first, so that it holds nothing opened later.
-        let forked = match (&self, &config.vsock) {
+        let forked = match (&*self, &config.vsock) {
             (Self::Direct, Some(vsock)) => Some(fork_broker(&vsock.uds_path)?),
             _ => None,
         };
@@ -271,7 +286,8 @@ impl Source {
                 // A broker's one user is the vsock device: all else has been opened.
                 broker: match self {
                     Self::Direct => forked,
-                    Self::Jailed(jail) => jail.broker,
+                    Self::Jailed(jail) => jail.broker.take(),
+                    Self::Served(served) => served.device_broker()?,
                 },
             }),
             None => None,
@@ -311,10 +327,39 @@ impl Source {
         Ok(Arc::new(store))
     }
 
+    /// Whether a file can be had: before a config that names it is accepted.
+    ///
+    /// # Errors
+    /// When not.
+    pub fn probe_file(&mut self, what: &'static str, name: &str, write: bool) -> Result<(), Error> {
+        self.file(what, name, write).map(drop)
+    }
+
+    /// The same for a drive's files.
+    ///
+    /// # Errors
+    /// When not.
+    pub fn probe_drive(&mut self, drive: &Drive) -> Result<(), Error> {
+        // A back-end takes one connection, which is the machine's.
+        if drive.socket.is_some() {
+            return Ok(());
+        }
+        self.drive(drive).map(drop)
+    }
+
+    /// The same for a tap.
+    ///
+    /// # Errors
+    /// When not.
+    pub fn probe_tap(&mut self, name: &str, queues: u8) -> Result<(), Error> {
+        self.taps(name, queues).map(drop)
+    }
+
     fn kvm(&mut self) -> Result<File, Error> {
         match self {
             Self::Direct => open_device("/dev/kvm"),
             Self::Jailed(jail) => jail.take("KVM", "kvm", Kind::Kvm).map(File::from),
+            Self::Served(served) => served.kvm(),
         }
     }
 
@@ -322,6 +367,7 @@ impl Source {
         let file = match self {
             Self::Direct => open_file(what, name, write)?,
             Self::Jailed(jail) => File::from(jail.file(what, name, write)?),
+            Self::Served(served) => served.file(what, name, write)?,
         };
         check_file(what, name, &file)?;
         Ok(file)
@@ -332,18 +378,7 @@ impl Source {
     fn taps(&mut self, name: &str, queues: u8) -> Result<Vec<File>, Error> {
         let what = "tap";
         match self {
-            Self::Direct => tap::open(name, queues).map_err(|source| Error::Open {
-                what,
-                name: name.to_owned(),
-                hint: match source.kind() {
-                    io::ErrorKind::NotFound => "; make it (`ip tuntap add NAME mode tap`)",
-                    io::ErrorKind::InvalidInput => {
-                        "; for several queues make it with `ip tuntap add NAME mode tap multi_queue`"
-                    }
-                    _ => "; it must be a free tap that this user may use",
-                },
-                source,
-            }),
+            Self::Direct => open_taps(name, queues),
             Self::Jailed(jail) => {
                 let queue = |index| match index {
                     0 => jail.take(what, name, Kind::Tap),
@@ -352,26 +387,47 @@ impl Source {
                 let queues = (0..queues).map(queue);
                 queues.map(|queue| queue.map(File::from)).collect()
             }
+            Self::Served(served) => served.taps(name, queues),
         }
     }
 
     fn listener(&mut self, path: &str) -> Result<UnixListener, Error> {
         let what = "vsock";
         match self {
-            Self::Direct => listen(path).map_err(|source| Error::Open {
-                what,
-                name: path.to_owned(),
-                hint: match source.kind() {
-                    io::ErrorKind::AddrInUse => "; another machine or program uses it",
-                    _ => "",
-                },
-                source,
-            }),
+            Self::Direct => open_listener(what, path),
             Self::Jailed(jail) => jail
                 .take(what, path, Kind::Listener)
                 .map(UnixListener::from),
+            Self::Served(served) => served.listener(path),
         }
     }
+}
+
+fn open_taps(name: &str, queues: u8) -> Result<Vec<File>, Error> {
+    tap::open(name, queues).map_err(|source| Error::Open {
+        what: "tap",
+        name: name.to_owned(),
+        hint: match source.kind() {
+            io::ErrorKind::NotFound => "; make it (`ip tuntap add NAME mode tap`)",
+            io::ErrorKind::InvalidInput => {
+                "; for several queues make it with `ip tuntap add NAME mode tap multi_queue`"
+            }
+            _ => "; it must be a free tap that this user may use",
+        },
+        source,
+    })
+}
+
+fn open_listener(what: &'static str, path: &str) -> Result<UnixListener, Error> {
+    listen(path).map_err(|source| Error::Open {
+        what,
+        name: path.to_owned(),
+        hint: match source.kind() {
+            io::ErrorKind::AddrInUse => "; another machine or program uses it",
+            _ => "",
+        },
+        source,
+    })
 }
 
 fn open(what: &'static str, name: &str, source: io::Error) -> Error {

@@ -1,8 +1,9 @@
 //! The thread that runs one vCPU: paused, running, exited.
 
-use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvError, Sender, TryRecvError, channel};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread::{Builder, JoinHandle};
+use std::time::Duration;
 use std::time::Instant;
 
 use log::error;
@@ -76,9 +77,23 @@ enum State {
     Exited,
 }
 
+/// What a thread is doing, for its commander to wait for.
+struct Status {
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+impl Status {
+    fn set(&self, state: State) {
+        *self.state.lock().unwrap_or_else(PoisonError::into_inner) = state;
+        self.changed.notify_all();
+    }
+}
+
 /// A vCPU thread, as its commander has it. When dropped, the thread exits.
 pub struct VcpuThread {
     commands: Option<Sender<Command>>,
+    status: Arc<Status>,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -95,16 +110,23 @@ impl VcpuThread {
     ) -> Result<Self, Error> {
         let id = vcpu.id();
         let (commands, receiver) = channel();
+        let status = Arc::new(Status {
+            state: Mutex::new(State::Paused),
+            changed: Condvar::new(),
+        });
+        let reported = Arc::clone(&status);
         let thread = Builder::new()
             .name(format!("vcpu{id}"))
             .spawn(move || {
                 if seal().is_ok() {
-                    run(vcpu, &receiver, &buses, &ends);
+                    run(vcpu, &receiver, &buses, &ends, &reported);
                 }
+                reported.set(State::Exited);
             })
             .map_err(|source| Error { id, source })?;
         Ok(Self {
             commands: Some(commands),
+            status,
             thread: Some(thread),
         })
     }
@@ -112,6 +134,20 @@ impl VcpuThread {
     /// Lets the guest run.
     pub fn resume(&self) {
         self.command(Command::Run);
+    }
+
+    /// Waits until the guest has stopped after [`VcpuThread::pause`]. False if it has not by then: its
+    /// thread is held up by the reader of a console, say.
+    pub fn wait_until_paused(&self, patience: Duration) -> bool {
+        // Before a command to run has arrived it is paused, and the command to pause comes right after.
+        let state = self.status.state.lock();
+        let state = state.unwrap_or_else(PoisonError::into_inner);
+        let running = |state: &mut State| *state == State::Running;
+        let waited = self
+            .status
+            .changed
+            .wait_timeout_while(state, patience, running);
+        !waited.unwrap_or_else(PoisonError::into_inner).1.timed_out()
     }
 
     /// Stops the guest at its next instruction.
@@ -146,11 +182,17 @@ impl Drop for VcpuThread {
     }
 }
 
-fn run(mut vcpu: Vcpu, commands: &Receiver<Command>, buses: &Buses, ends: &EndSignal) {
+fn run(
+    mut vcpu: Vcpu,
+    commands: &Receiver<Command>,
+    buses: &Buses,
+    ends: &EndSignal,
+    status: &Status,
+) {
     vcpu.attach();
     let mut state = State::Paused;
     while state != State::Exited {
-        state = match state {
+        let next = match state {
             State::Exited => State::Exited,
             State::Paused => match commands.recv() {
                 Ok(Command::Run) => State::Running,
@@ -169,6 +211,10 @@ fn run(mut vcpu: Vcpu, commands: &Receiver<Command>, buses: &Buses, ends: &EndSi
                 },
             },
         };
+        if next != state {
+            status.set(next);
+        }
+        state = next;
     }
 }
 

@@ -16,7 +16,7 @@ use crate::plan::Step;
 /// The half that stays, with only what it needs.
 pub(super) struct Stay {
     pub(super) policy: BrokerPolicy,
-    pub(super) socket: Option<OwnedFd>,
+    pub(super) sockets: Vec<OwnedFd>,
     pub(super) child: Child,
     pub(super) signals: SignalFd,
 }
@@ -27,7 +27,7 @@ impl Stay {
         let arguments = jail.arguments;
         let Self {
             policy,
-            socket,
+            sockets,
             child,
             signals,
         } = self;
@@ -52,7 +52,7 @@ impl Stay {
                     }
                     // What is left of the jail; its end of the outcome above all.
                     drop(jail);
-                    let server = socket.map(|socket| Server::new(socket, policy));
+                    let server = Some(Server::with_sockets(sockets, policy));
                     return match broker::serve(server, &child, &signals) {
                         Ok(code) => code,
                         Err(error) => {

@@ -226,8 +226,9 @@ fn no_permission_on_dev_kvm() {
 }
 
 #[test]
-fn without_no_api_it_says_what_is_missing() {
-    let command = Command::new(bin("casemate-vmm"));
+fn without_an_api_it_says_what_is_missing() {
+    let mut command = Command::new(bin("casemate-vmm"));
+    command.arg("--no-api");
     let done = Running::start(command, None).unwrap().wait().unwrap();
-    done.assert_refused(exit::BAD_INPUT, &["--no-api"]);
+    done.assert_refused(exit::BAD_INPUT, &["--config-file", "--no-api"]);
 }

@@ -2,6 +2,8 @@
 
 use casemate_tests::Vm;
 
+mod api;
+mod api_clients;
 mod bad_input;
 mod balloon;
 mod block;

@@ -29,7 +29,11 @@ impl BootSource {
         self.boot_args.as_deref().unwrap_or(DEFAULT_BOOT_ARGS)
     }
 
-    pub(super) fn check(&self) -> Result<(), Error> {
+    /// Checks it.
+    ///
+    /// # Errors
+    /// When there is no kernel, or a value cannot be.
+    pub fn check(&self) -> Result<(), Error> {
         check_path("boot-source.kernel_image_path", &self.kernel_image_path)?;
         if let Some(path) = &self.initrd_path {
             check_path("boot-source.initrd_path", path)?;

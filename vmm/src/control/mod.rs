@@ -1,7 +1,9 @@
 //! The control thread: the process's main thread. It builds the machine, then waits for its end,
-//! for signals, and for input to the console.
+//! for signals, for input to the console, and for clients of the API.
 
+pub mod api;
 mod console;
+pub mod observe;
 
 use std::io;
 use std::os::fd::AsRawFd;
@@ -17,6 +19,8 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use crate::ending::End;
 use crate::machine::{Machine, Panel, RunningMachine, explain};
 use crate::metrics::Reporter;
+use crate::resources::Source;
+use api::Api;
 use console::Input;
 
 /// How long a guest may take to shut down after its power button was pressed.
@@ -108,11 +112,66 @@ impl Control {
     /// # Errors
     /// When the machine cannot be started; nothing of the guest has run then.
     pub fn run(mut self, machine: Machine) -> Result<End, crate::Error> {
-        let mut machine = machine.start()?;
+        let machine = machine.start()?;
+        self.watch(&self.signals, Token::Signal)?;
+        self.run_started(machine, None)
+    }
+
+    /// Serves the API: a machine is configured and started by its clients, or started at once from
+    /// `options.config`, and then changed by them. Returns how it ended.
+    ///
+    /// # Errors
+    /// When the API cannot be served, or the machine not be started and not be mended.
+    pub fn serve(
+        mut self,
+        options: api::Options,
+        source: Source,
+        start_now: bool,
+    ) -> Result<End, crate::Error> {
+        let api = Api::new(options, source, &self.epoll);
+        let mut api = api.map_err(failed("serve the API"))?;
+        self.watch(&self.signals, Token::Signal)?;
+        let machine = if start_now {
+            api.start()?
+        } else {
+            match self.configure(&mut api)? {
+                Some(machine) => machine,
+                None => return Ok(End::ByHost),
+            }
+        };
+        self.run_started(machine, Some(api))
+    }
+
+    /// Serves the API until a client has started the machine. None if a signal comes before.
+    fn configure(&mut self, api: &mut Api) -> Result<Option<RunningMachine>, crate::Error> {
+        let mut events = [EpollEvent::default(); 8];
+        loop {
+            let timeout = milliseconds(earliest([api.due(), self.metrics.due()]));
+            let count = self.wait(timeout, &mut events)?;
+            for event in events.iter().take(count) {
+                let (token, events) = (event.data(), event.event_set());
+                if !api.on_event(token, events, &self.epoll)
+                    && token == Token::Signal as u64
+                    && self.is_told_to_end()?
+                {
+                    return Ok(None);
+                }
+            }
+            self.metrics.tick(Instant::now());
+            if let Some(machine) = api.turn_before(&mut self.metrics, &self.epoll)? {
+                return Ok(Some(machine));
+            }
+        }
+    }
+
+    fn run_started(
+        &mut self,
+        mut machine: RunningMachine,
+        api: Option<Api>,
+    ) -> Result<End, crate::Error> {
         let panel = &machine.panel;
         self.metrics.add(panel.metrics.iter().cloned());
         self.watch(panel.ends.event(), Token::End)?;
-        self.watch(&self.signals, Token::Signal)?;
         self.watch(panel.serial.room(), Token::Room)?;
         if let Some(vcpus) = &panel.vcpus {
             self.watch(vcpus.ejected(), Token::Ejected)?;
@@ -125,7 +184,7 @@ impl Control {
             console.port.resize(console::terminal_size());
         }
         machine.resume();
-        let end = match self.wait_for_end(&mut machine) {
+        let end = match self.wait_for_end(&mut machine, api) {
             Ok(end) => end,
             Err(error) => End::Failed(error.to_string()),
         };
@@ -139,6 +198,14 @@ impl Control {
         Ok(end)
     }
 
+    fn wait(&self, timeout: i32, events: &mut [EpollEvent]) -> Result<usize, Error> {
+        match self.epoll.wait(timeout, events) {
+            Ok(count) => Ok(count),
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => Ok(0),
+            Err(error) => Err(failed("wait for events")(error)),
+        }
+    }
+
     fn watch(&self, fd: &impl AsRawFd, token: Token) -> Result<(), Error> {
         let event = EpollEvent::new(EventSet::IN, token as u64);
         self.epoll
@@ -146,8 +213,12 @@ impl Control {
             .map_err(failed("watch a descriptor"))
     }
 
-    fn wait_for_end(&mut self, machine: &mut RunningMachine) -> Result<End, Error> {
-        let mut events = [EpollEvent::default(); 4];
+    fn wait_for_end(
+        &mut self,
+        machine: &mut RunningMachine,
+        mut api: Option<Api>,
+    ) -> Result<End, Error> {
+        let mut events = [EpollEvent::default(); 8];
         loop {
             let panel = &machine.panel;
             let offer = |input: &[u8]| match &panel.console {
@@ -155,13 +226,15 @@ impl Control {
                 _ => panel.serial.offer(input),
             };
             let busy = self.input.pump(offer, &self.epoll, Token::Stdin as u64);
-            let count = match self.epoll.wait(self.timeout(busy), &mut events) {
-                Ok(count) => count,
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => 0,
-                Err(error) => return Err(failed("wait for events")(error)),
-            };
+            let timeout = self.timeout(busy, api.as_ref());
+            let count = self.wait(timeout, &mut events)?;
             let (mut ejected, mut device_ejected) = (false, false);
             for event in events.iter().take(count) {
+                if let Some(api) = &mut api
+                    && api.on_event(event.data(), event.event_set(), &self.epoll)
+                {
+                    continue;
+                }
                 let token = Token::ALL
                     .iter()
                     .find(|token| **token as u64 == event.data());
@@ -198,28 +271,24 @@ impl Control {
                     info!("the guest has let go of {name}: it is gone");
                 }
             }
+            if let Some(api) = &mut api {
+                api.turn(machine, &mut self.metrics, &self.epoll);
+            }
         }
     }
 
-    /// For epoll: milliseconds, or -1 for ever.
-    fn timeout(&self, busy: bool) -> i32 {
-        let first = [self.deadline, self.metrics.due()]
-            .into_iter()
-            .flatten()
-            .min();
-        let left = first.map(|at| {
-            // Rounded up, so that the deadline has passed when it wakes.
-            at.saturating_duration_since(Instant::now())
-                .saturating_add(Duration::from_millis(1))
-        });
-        let left = if busy {
-            Some(left.map_or(RETRY, |left| left.min(RETRY)))
-        } else {
-            left
-        };
-        left.map_or(-1, |left| {
-            i32::try_from(left.as_millis()).unwrap_or(i32::MAX)
-        })
+    fn timeout(&self, busy: bool, api: Option<&Api>) -> i32 {
+        let retry = busy.then(|| Instant::now().checked_add(RETRY)).flatten();
+        let api = api.and_then(Api::due);
+        milliseconds(earliest([self.deadline, self.metrics.due(), retry, api]))
+    }
+
+    /// Before the start every signal ends the VMM, but for a terminal's new size.
+    fn is_told_to_end(&mut self) -> Result<bool, Error> {
+        let next = self.signals.read_signal();
+        let next = next.map_err(failed("read a signal"))?;
+        Ok(next
+            .is_some_and(|signal| i32::try_from(signal.ssi_signo) != Ok(Signal::SIGWINCH as i32)))
     }
 
     /// The first signal presses the power button, the second ends the machine. A terminal of another size
@@ -257,6 +326,20 @@ impl Control {
     pub fn restore_terminal() {
         console::restore_terminal();
     }
+}
+
+fn earliest<const COUNT: usize>(times: [Option<Instant>; COUNT]) -> Option<Instant> {
+    times.into_iter().flatten().min()
+}
+
+/// Until then, for epoll: milliseconds, or -1 for ever.
+fn milliseconds(until: Option<Instant>) -> i32 {
+    until.map_or(-1, |until| {
+        let left = until.saturating_duration_since(Instant::now());
+        // Rounded up, so that the time has come when it wakes.
+        let left = left.as_micros().div_ceil(1000);
+        i32::try_from(left).unwrap_or(i32::MAX)
+    })
 }
 
 #[cfg(test)]

@@ -41,6 +41,18 @@ pub enum Error {
     NoLandlock(&'static str),
 }
 
+/// Everything is open: from here on nothing can be opened any more. While the process has one thread.
+///
+/// # Errors
+/// When the kernel refuses a wall; nothing of a guest may run then.
+pub fn lock_down() -> Result<(), Error> {
+    enter(Role::Control, Stage::Setup)?;
+    // Whether its absence is tolerable is the jailer's decision, and it has been made.
+    let outcome = landlock_nothing(true)?;
+    log::info!("{outcome}");
+    Ok(())
+}
+
 /// Puts the calling thread under the filter of `role` in `stage`, for good.
 ///
 /// The first of them also makes the process one that nobody of its user can trace (its broker and the

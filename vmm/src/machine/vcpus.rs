@@ -6,6 +6,7 @@
 //! again. KVM made all of them together, so that their time stamp counters agree.
 
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use thiserror::Error;
 
@@ -104,6 +105,23 @@ impl<T: Command> Vcpus<T> {
             }
         }
         self.running = wanted;
+    }
+}
+
+impl Vcpus {
+    /// Waits until none runs any more after [`Vcpus::pause`]; else which one still does.
+    pub(super) fn wait_until_paused(&self, patience: Duration) -> Result<(), usize> {
+        let end = Instant::now().checked_add(patience);
+        let left = || {
+            end.map_or(patience, |end| {
+                end.saturating_duration_since(Instant::now())
+            })
+        };
+        let late = |thread: &VcpuThread| !thread.wait_until_paused(left());
+        match self.threads.iter().position(late) {
+            Some(id) => Err(id),
+            None => Ok(()),
+        }
     }
 }
 

@@ -28,6 +28,7 @@ impl Source {
         match self {
             Self::Direct => UnixStream::connect(name).map_err(|source| open(what, name, source)),
             Self::Jailed(jail) => jail.take(what, name, Kind::Stream).map(UnixStream::from),
+            Self::Served(served) => served.back_end(what, name),
         }
     }
 

@@ -26,7 +26,7 @@ mod connector;
 mod handshake;
 mod hub;
 mod packet;
-mod socket;
+pub(crate) mod socket;
 #[cfg(test)]
 pub(super) mod testing;
 mod traffic;

@@ -1,0 +1,90 @@
+//! Why a request was not done: what its `fault_message` says.
+
+use thiserror::Error;
+
+use super::http::{Response, Status};
+use super::routes;
+use crate::control::observe;
+use crate::mmds::StoreError;
+use crate::virtio::update::UpdateError;
+use crate::{config, lockdown, machine, resources};
+
+/// Why a request was not done.
+#[derive(Debug, Error)]
+pub enum Fault {
+    /// It was not understood.
+    #[error(transparent)]
+    Route(#[from] routes::Error),
+    /// The machine that it describes is refused.
+    #[error(transparent)]
+    Config(#[from] config::Error),
+    /// Something that it names is not there.
+    #[error(transparent)]
+    Resources(#[from] resources::Error),
+    /// The machine cannot be built.
+    #[error("the machine cannot be started: {0}")]
+    Machine(#[from] machine::Error),
+    /// A wall cannot be put up.
+    #[error("the machine cannot be started: {0}")]
+    Lockdown(#[from] lockdown::Error),
+    /// Nothing to boot.
+    #[error("there is nothing to boot: PUT /boot-source first")]
+    NothingToBoot,
+    /// Only before the start.
+    #[error("this can be done only before the machine is started")]
+    Started,
+    /// Only after the start.
+    #[error("this can be done only after the machine is started")]
+    NotStarted,
+    /// Metadata that cannot be.
+    #[error("metadata: {0}")]
+    Metadata(StoreError),
+    /// More than the guest has.
+    #[error("`amount_mib` is {0}: the guest cannot give back more than `mem_size_mib`")]
+    TooMuchMemory(u32),
+    /// There is no device of that name.
+    #[error("there is no {0}")]
+    NoDevice(String),
+    /// A device cannot be changed.
+    #[error("{device}: {source}")]
+    Update {
+        /// Which one.
+        device: String,
+        /// Why.
+        source: UpdateError,
+    },
+    /// Another number of vCPUs is refused.
+    #[error(transparent)]
+    Vcpus(#[from] machine::vcpus::Error),
+    /// A vCPU does not stop.
+    #[error(
+        "vCPU {0} is busy with a console that nobody reads, and does not pause; the machine runs on"
+    )]
+    NotPaused(usize),
+    /// Metrics that go nowhere.
+    #[error("metrics go nowhere: PUT /metrics before the start, or start with --metrics-path")]
+    NoMetrics,
+    /// Metrics that cannot be written.
+    #[error("metrics: {0}")]
+    Metrics(std::io::Error),
+    /// The log or the metrics.
+    #[error(transparent)]
+    Observe(#[from] observe::Error),
+    /// The machine could not be started, and cannot any more.
+    #[error("the machine cannot be started, and this VMM ends: {0}")]
+    StartFailed(String),
+    /// Something that this VMM does not do yet.
+    #[error("{0} is not supported yet")]
+    NotYet(&'static str),
+}
+
+impl Fault {
+    /// The answer.
+    pub fn response(&self) -> Response {
+        let status = match self {
+            Self::Metadata(StoreError::TooLarge { .. }) => Status::PayloadTooLarge,
+            _ => Status::BadRequest,
+        };
+        Response::fault(status, &self.to_string())
+    }
+}

@@ -1,0 +1,77 @@
+//! The running machine's virtio devices by the names that the config gives them.
+
+use std::fmt;
+
+use crate::config::Config;
+use crate::virtio::device::DeviceType;
+use crate::virtio::update::{Answer, Update, UpdateError};
+use crate::virtio::{VirtioDevice, WorkerHandle};
+
+/// A device.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum DeviceName {
+    /// One of `drives`.
+    Drive(String),
+    /// One of `network-interfaces`.
+    NetworkInterface(String),
+    /// One of `pmem`.
+    Pmem(String),
+    /// The only one of its kind.
+    Only(DeviceType),
+}
+
+impl fmt::Display for DeviceName {
+    fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Drive(id) => write!(out, "drive {id}"),
+            Self::NetworkInterface(id) => write!(out, "network interface {id}"),
+            Self::Pmem(id) => write!(out, "pmem {id}"),
+            Self::Only(kind) => write!(out, "{kind:?} device"),
+        }
+    }
+}
+
+/// The names of `devices`, which the machine has made of `config`: those of a kind in the config's order.
+pub(super) fn names(config: &Config, devices: &[Box<dyn VirtioDevice>]) -> Vec<DeviceName> {
+    let mut drives = config.drives_in_order().map(|drive| &drive.drive_id);
+    let mut cards = config.network_interfaces.iter().map(|card| &card.iface_id);
+    let mut pmem = config.pmem.iter().map(|pmem| &pmem.id);
+    let name = |kind| {
+        let name = match kind {
+            DeviceType::Block => drives.next().cloned().map(DeviceName::Drive),
+            DeviceType::Net => cards.next().cloned().map(DeviceName::NetworkInterface),
+            DeviceType::Pmem => pmem.next().cloned().map(DeviceName::Pmem),
+            _ => None,
+        };
+        name.unwrap_or(DeviceName::Only(kind))
+    };
+    let kinds = devices.iter().map(|device| device.traits().device_type);
+    kinds.map(name).collect()
+}
+
+/// The devices.
+pub struct Devices {
+    /// By their index on the device thread.
+    names: Vec<DeviceName>,
+    /// None without devices.
+    worker: Option<WorkerHandle>,
+}
+
+impl Devices {
+    pub(super) fn new(names: Vec<DeviceName>, worker: Option<WorkerHandle>) -> Self {
+        Self { names, worker }
+    }
+
+    /// Changes a device.
+    ///
+    /// # Errors
+    /// When there is none of that name, or it cannot be changed so.
+    pub fn update(&self, name: &DeviceName, update: Update) -> Result<Answer, UpdateError> {
+        let index = self.names.iter().position(|other| other == name);
+        let index = index.and_then(|index| u16::try_from(index).ok());
+        match (index, &self.worker) {
+            (Some(index), Some(worker)) => worker.update(index, update),
+            _ => Err(UpdateError::NoDevice),
+        }
+    }
+}

@@ -1,0 +1,383 @@
+//! What a machine that is configured by requests is made of.
+//!
+//! A start that fails is tried again: so what is opened for it stays at hand until one succeeds. What is
+//! named afterwards comes from what the jailer handed over and nobody has taken, or from the broker.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::{UnixListener, UnixStream};
+
+use casemate_broker::{
+    BrokerPolicy, Client, Handover, HandoverError, Kind, Operation, handover, spawn_unjailed_for,
+};
+
+use super::{
+    BROKER_PATIENCE, Error, Source, append, open, open_device, open_file, open_listener, open_taps,
+};
+use crate::lockdown::{self, Role, Stage};
+
+/// Where it comes from.
+pub struct Served {
+    origin: Origin,
+    /// For this thread.
+    broker: Option<Client>,
+    /// For the device thread.
+    device_broker: Option<OwnedFd>,
+}
+
+enum Origin {
+    /// This process opens it, until it is locked down.
+    Direct {
+        locked: bool,
+        /// What a broker cannot give again, by its name.
+        kept: BTreeMap<String, OwnedFd>,
+    },
+    /// The jailer has opened it.
+    Jailed {
+        handover: Handover,
+        /// What of it the machine has.
+        shared: Vec<String>,
+    },
+}
+
+impl Served {
+    /// Without a jail: forks a broker that may do what this user may, so the process may have one thread
+    /// only, and nothing open that the broker should not have.
+    ///
+    /// # Errors
+    /// When there is no broker.
+    pub fn direct() -> Result<Self, Error> {
+        let policy = BrokerPolicy {
+            unconfined: true,
+            ..BrokerPolicy::default()
+        };
+        let seal = || lockdown::enter(Role::Broker, Stage::Sealed);
+        let [ours, devices] = spawn_unjailed_for(policy, seal)?;
+        Ok(Self {
+            origin: Origin::Direct {
+                locked: false,
+                kept: BTreeMap::new(),
+            },
+            broker: Some(Client::new(ours)),
+            device_broker: Some(devices),
+        })
+    }
+
+    /// In a jail.
+    ///
+    /// # Errors
+    /// When the brokers' descriptors are none.
+    pub fn jailed(mut handover: Handover) -> Result<Self, Error> {
+        let mut socket = |name| match handover.take(name, &[Kind::Broker]) {
+            Ok(socket) => Ok(Some(socket)),
+            Err(HandoverError::Missing(..)) => Ok(None),
+            Err(source) => Err(Error::Handover {
+                what: "broker",
+                source,
+            }),
+        };
+        Ok(Self {
+            device_broker: socket(handover::BROKER)?,
+            broker: socket(handover::CONTROL_BROKER)?.map(Client::new),
+            origin: Origin::Jailed {
+                handover,
+                shared: Vec::new(),
+            },
+        })
+    }
+
+    /// The API's socket: in a jail it was made by the jailer.
+    ///
+    /// # Errors
+    /// When it was not, or cannot be made.
+    pub fn api_listener(&mut self, path: &str) -> Result<UnixListener, Error> {
+        let what = "--api-sock";
+        let listener = match &mut self.origin {
+            Origin::Direct { .. } => open_listener(what, path)?,
+            Origin::Jailed { handover, .. } => {
+                let taken = handover.take(path, &[Kind::Listener]);
+                taken
+                    .map_err(|source| Error::Handover { what, source })?
+                    .into()
+            }
+        };
+        let nonblocking = listener.set_nonblocking(true);
+        nonblocking.map_err(|source| open(what, path, source))?;
+        Ok(listener)
+    }
+
+    /// The device thread's way to the broker.
+    pub(super) fn device_broker(&self) -> Result<Option<Client>, Error> {
+        let copy = self.device_broker.as_ref().map(OwnedFd::try_clone);
+        let copy = copy
+            .transpose()
+            .map_err(|source| open("broker", "", source))?;
+        Ok(copy.map(Client::new))
+    }
+
+    pub(super) fn kvm(&mut self) -> Result<File, Error> {
+        self.unique("KVM", "kvm", Kind::Kvm, || {
+            open_device("/dev/kvm").map(OwnedFd::from)
+        })
+        .map(File::from)
+    }
+
+    /// The queues of a tap; see [`Source::open`].
+    pub(super) fn taps(&mut self, name: &str, queues: u8) -> Result<Vec<File>, Error> {
+        let names = (0..queues).map(|index| match index {
+            0 => name.to_owned(),
+            _ => format!("{name}:{index}"),
+        });
+        let names: Vec<String> = names.collect();
+        if let Origin::Direct { kept, locked } = &mut self.origin
+            && !names.iter().all(|name| kept.contains_key(name))
+            && !*locked
+        {
+            // All at once, and none is in the way of another number of them.
+            kept.retain(|other, _| other != name && !other.starts_with(&format!("{name}:")));
+            let opened = open_taps(name, queues)?;
+            kept.extend(
+                names
+                    .iter()
+                    .cloned()
+                    .zip(opened.into_iter().map(OwnedFd::from)),
+            );
+        }
+        let late = |name: &String| Error::TooLate {
+            what: "tap",
+            name: name.clone(),
+        };
+        let queues = names.iter().map(|name| {
+            let queue = self.unique("tap", name, Kind::Tap, || Err(late(name)))?;
+            Ok(File::from(queue))
+        });
+        queues.collect()
+    }
+
+    /// A connection to a vhost-user back-end. After a start that failed the back-end has been spoken to, and
+    /// may not take another one.
+    pub(super) fn back_end(&mut self, what: &'static str, name: &str) -> Result<UnixStream, Error> {
+        let connected = self.unique(what, name, Kind::Stream, || {
+            let connected = UnixStream::connect(name);
+            connected
+                .map(OwnedFd::from)
+                .map_err(|source| open(what, name, source))
+        });
+        connected.map(UnixStream::from)
+    }
+
+    pub(super) fn listener(&mut self, path: &str) -> Result<UnixListener, Error> {
+        self.unique("vsock", path, Kind::Listener, || {
+            open_listener("vsock", path).map(OwnedFd::from)
+        })
+        .map(UnixListener::from)
+    }
+
+    /// Where lines are appended.
+    pub(super) fn append(&mut self, what: &'static str, name: &str) -> Result<File, Error> {
+        match &mut self.origin {
+            Origin::Direct { locked: false, .. } => {
+                append::open(name).map_err(|source| open(what, name, source))
+            }
+            Origin::Direct { .. } => Err(Error::TooLate {
+                what,
+                name: name.to_owned(),
+            }),
+            Origin::Jailed { handover, .. } => {
+                let found = handover.share(name, &[Kind::Append]);
+                found
+                    .map(File::from)
+                    .map_err(|source| Error::Handover { what, source })
+            }
+        }
+    }
+
+    /// A file, before the start.
+    pub(super) fn file(
+        &mut self,
+        what: &'static str,
+        name: &str,
+        write: bool,
+    ) -> Result<File, Error> {
+        match &mut self.origin {
+            Origin::Direct { locked: false, .. } => open_file(what, name, write),
+            Origin::Direct { .. } => self.ask(what, name, write),
+            Origin::Jailed { handover, shared } => match handover.share(name, file_kinds(write)) {
+                Err(HandoverError::Missing(..)) if self.broker.is_some() => {
+                    self.ask(what, name, write)
+                }
+                found => {
+                    shared.push(name.to_owned());
+                    found
+                        .map(File::from)
+                        .map_err(|source| Error::Handover { what, source })
+                }
+            },
+        }
+    }
+
+    /// A file, after the start: one that was handed over and is not in use, or else from the broker.
+    ///
+    /// # Errors
+    /// When it is neither; the error names the jailer's flag that grants it.
+    pub fn file_later(
+        &mut self,
+        what: &'static str,
+        name: &str,
+        write: bool,
+    ) -> Result<File, Error> {
+        if let Origin::Jailed { handover, .. } = &mut self.origin {
+            match handover.take(name, file_kinds(write)) {
+                Err(HandoverError::Missing(..)) if self.broker.is_some() => {}
+                found => {
+                    return found
+                        .map(File::from)
+                        .map_err(|source| Error::Handover { what, source });
+                }
+            }
+        }
+        self.ask(what, name, write)
+    }
+
+    fn ask(&mut self, what: &'static str, name: &str, write: bool) -> Result<File, Error> {
+        let Some(broker) = &mut self.broker else {
+            let source = io::ErrorKind::PermissionDenied.into();
+            return Err(open(what, name, source));
+        };
+        let op = Operation::Open {
+            name: name.to_owned(),
+            write,
+        };
+        let answer = broker.call(op, BROKER_PATIENCE);
+        answer.map(File::from).map_err(|source| Error::Broker {
+            what,
+            name: name.to_owned(),
+            source,
+        })
+    }
+
+    /// What there is once, and is needed again if the start fails.
+    fn unique(
+        &mut self,
+        what: &'static str,
+        name: &str,
+        kind: Kind,
+        open_it: impl FnOnce() -> Result<OwnedFd, Error>,
+    ) -> Result<OwnedFd, Error> {
+        match &mut self.origin {
+            Origin::Jailed { handover, shared } => {
+                let found = handover.share(name, &[kind]);
+                shared.push(name.to_owned());
+                found.map_err(|source| Error::Handover { what, source })
+            }
+            Origin::Direct { kept, locked } => {
+                let first = match kept.get(name) {
+                    Some(first) => first,
+                    None if *locked => {
+                        let name = name.to_owned();
+                        return Err(Error::TooLate { what, name });
+                    }
+                    None => {
+                        let opened = open_it()?;
+                        kept.entry(name.to_owned()).or_insert(opened)
+                    }
+                };
+                first.try_clone().map_err(|source| open(what, name, source))
+            }
+        }
+    }
+
+    /// Nothing may be opened from here on: everything that is needed has been, or the broker gives it.
+    ///
+    /// # Errors
+    /// When the kernel refuses a wall.
+    pub fn lock_down(&mut self) -> Result<(), lockdown::Error> {
+        if let Origin::Direct { locked, .. } = &mut self.origin
+            && !*locked
+        {
+            lockdown::lock_down()?;
+            *locked = true;
+        }
+        Ok(())
+    }
+
+    /// The machine has started: what it is made of is its own.
+    pub fn settle(&mut self) {
+        self.device_broker = None;
+        match &mut self.origin {
+            Origin::Direct { kept, .. } => kept.clear(),
+            Origin::Jailed { handover, shared } => {
+                for name in shared.drain(..) {
+                    let all = [Kind::Kvm, Kind::FileRo, Kind::FileRw, Kind::Tap];
+                    let all = [&all[..], &[Kind::Listener, Kind::Stream]].concat();
+                    // It closes here, and what is of another kind was not shared.
+                    drop(handover.take(&name, &all));
+                }
+            }
+        }
+    }
+
+    /// A start failed: what was shared for it may be left out of the next one.
+    pub fn forget(&mut self) {
+        if let Origin::Jailed { shared, .. } = &mut self.origin {
+            shared.clear();
+        }
+    }
+}
+
+/// What only a machine that is configured by requests needs to be told; to the others it is nothing, but
+/// for the walls.
+impl Source {
+    /// See [`Served::lock_down`].
+    ///
+    /// # Errors
+    /// When the kernel refuses a wall.
+    pub fn lock_down(&mut self) -> Result<(), lockdown::Error> {
+        match self {
+            Self::Direct => lockdown::lock_down(),
+            // Before the hand-over was read.
+            Self::Jailed(_) => Ok(()),
+            Self::Served(served) => served.lock_down(),
+        }
+    }
+
+    /// See [`Served::settle`].
+    pub fn settle(&mut self) {
+        if let Self::Served(served) = self {
+            served.settle();
+        }
+    }
+
+    /// See [`Served::forget`].
+    pub fn forget(&mut self) {
+        if let Self::Served(served) = self {
+            served.forget();
+        }
+    }
+
+    /// See [`Served::file_later`].
+    ///
+    /// # Errors
+    /// When it cannot be had.
+    pub fn file_later(
+        &mut self,
+        what: &'static str,
+        name: &str,
+        write: bool,
+    ) -> Result<File, Error> {
+        match self {
+            Self::Served(served) => served.file_later(what, name, write),
+            other => other.file(what, name, write),
+        }
+    }
+}
+
+fn file_kinds(write: bool) -> &'static [Kind] {
+    if write {
+        &[Kind::FileRw]
+    } else {
+        &[Kind::FileRo, Kind::FileRw]
+    }
+}
