@@ -21,7 +21,7 @@ use thiserror::Error;
 
 use crate::config::{self, Config, CpuConfig, Drive};
 use crate::lockdown::{self, Role, Stage};
-use crate::memory::huge;
+use crate::memory::{HugePages, huge};
 use crate::mmds::{self, Store};
 
 mod append;
@@ -262,6 +262,12 @@ impl Source {
             (Self::Direct, Some(vsock)) => Some(fork_broker(&vsock.uds_path)?),
             _ => None,
         };
+        // A jailed process can open nothing: it does without the number.
+        let pool = config.machine_config.huge_pages == HugePages::TwoMegabytes;
+        let free_huge_pages = match &self {
+            Self::Direct if pool => huge::free_pages(),
+            _ => None,
+        };
         let boot = &config.boot_source;
         let kvm = self.kvm()?;
         let kernel = self.file("kernel", &boot.kernel_image_path, false)?;
@@ -302,7 +308,7 @@ impl Source {
             vsock,
             metadata: Arc::new(Store::new(mmds::DEFAULT_LIMIT)),
             fs,
-            free_huge_pages: huge::free_pages(),
+            free_huge_pages,
         })
     }
 
