@@ -39,7 +39,6 @@ fn main() {
 
 fn start() -> Result<Option<End>, Error> {
     lockdown::install_violation_reporter()?;
-    lockdown::name_thread("control");
     memory::heap::share_among_threads();
     match arguments::parse(std::env::args_os().skip(1))? {
         Arguments::Help => println!("{}", arguments::HELP),
@@ -78,17 +77,21 @@ fn run(arguments: &RunArguments) -> Result<End, Error> {
         boot_timer: arguments.boot_timer.then_some(start),
         enable_pci: arguments.enable_pci,
     };
-    let jailed = arguments.handover_fd.is_some();
-    if !jailed {
-        warn!("there is no jail around this machine: start it with casemate-jailer");
-    }
+    // Once there is a machine: who is refused one has another line to read.
+    let warn_of_no_jail = || {
+        if arguments.handover_fd.is_none() {
+            warn!("there is no jail around this machine: start it with casemate-jailer");
+        }
+    };
     match listener {
         None => {
             let mut resources = source.open(&config)?;
             resources.metadata = metadata;
             source.lock_down()?;
             let control = Control::new(reporter)?;
-            control.run(machine::build(&config, resources, machine)?)
+            let machine = machine::build(&config, resources, machine)?;
+            warn_of_no_jail();
+            control.run(machine)
         }
         Some(listener) => {
             let options = api::Options {
@@ -99,6 +102,7 @@ fn run(arguments: &RunArguments) -> Result<End, Error> {
                 config,
                 metadata,
             };
+            warn_of_no_jail();
             Control::new(reporter)?.serve(options, source, start_now)
         }
     }
@@ -109,6 +113,9 @@ fn source(arguments: &RunArguments) -> Result<(Source, Option<File>), Error> {
     let api = arguments.api_sock.is_some();
     let (mut source, log) = match arguments.handover_fd {
         Some(number) => {
+            // The jailer executes a descriptor, which has no name to show. Without a jailer the program
+            // keeps the name that it was called by: other people's tools look for it.
+            lockdown::name_thread("control");
             // Nothing needs opening, so the walls go up before the first byte is read.
             lockdown::lock_down()?;
             let mut handover = Handover::from_inherited(number)?;

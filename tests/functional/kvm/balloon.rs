@@ -59,7 +59,7 @@ fn works_behind_every_wall() {
 #[test]
 fn is_absent_unless_configured() {
     let done = Vm::probe("probe.task=balloon").run().unwrap();
-    done.assert_line("probe: balloon FAIL: no such device on the command line");
+    done.assert_line("probe: balloon FAIL: no such device on the command line or the PCI bus");
 }
 
 #[test]
