@@ -229,9 +229,6 @@ impl Config {
 
     fn refuse_unsupported(&self) -> Result<(), Error> {
         let found = [
-            self.memory_hotplug
-                .as_ref()
-                .and_then(MemoryHotplug::unsupported),
             self.serial.as_ref().and_then(Serial::unsupported),
             self.machine_config.unsupported(),
         ];
@@ -289,6 +286,13 @@ impl Config {
         }
         if let Some(memory) = &self.memory_hotplug {
             memory.check()?;
+            if self.shares_memory() {
+                return range(
+                    "memory-hotplug.total_size_mib",
+                    memory.total_size_mib,
+                    "leave `memory-hotplug` out: the process behind `drives[].socket` or `fs` would not see such memory",
+                );
+            }
         }
         match &self.mmds_config {
             Some(mmds) => mmds.check(&self.network_interfaces),

@@ -32,8 +32,8 @@ use crate::virtio::pmem::PmemFile;
 use crate::virtio::rate_limiter::LimiterOptions;
 use crate::virtio::transport::mmio;
 use crate::virtio::{
-    Balloon, DeviceWorker, Entropy, Net, VirtioDevice, Vsock, VsockOptions, balloon, block, net,
-    vhost_user, vsock,
+    Balloon, DeviceWorker, Entropy, Net, VirtioDevice, Vsock, VsockOptions, balloon, block, mem,
+    net, vhost_user, vsock,
 };
 
 mod attached;
@@ -41,6 +41,7 @@ mod command_line;
 mod console;
 pub mod devices;
 mod drives;
+mod guest_memory;
 pub mod hotplug;
 mod network;
 pub mod placement;
@@ -113,6 +114,9 @@ pub enum Error {
     /// Persistent memory cannot be used.
     #[error(transparent)]
     Pmem(#[from] crate::virtio::pmem::Error),
+    /// The memory device cannot be made.
+    #[error(transparent)]
+    Mem(#[from] mem::Error),
     /// A device's eventfds could not be made.
     #[error(transparent)]
     Transport(#[from] mmio::Error),
@@ -237,7 +241,7 @@ pub fn build(config: &Config, resources: Resources, options: Options) -> Result<
         free_huge_pages,
         shared: config.shares_memory(),
     };
-    let memory = memory::allocate_with(config.memory_size(), memory)?;
+    let memory = guest_memory::allocate(config, memory)?;
     placement::bind_memory(&memory, &config.machine_config)?;
     let address_bits = cpuid.physical_address_bits();
     vm.set_memory(&memory, address_bits)?;
@@ -260,6 +264,7 @@ pub fn build(config: &Config, resources: Resources, options: Options) -> Result<
         panel.pmem.push(Arc::clone(device.file()));
         devices.push(Box::new(device));
     }
+    devices.extend(guest_memory::device(config, &memory)?);
     devices.extend(panel.console.as_ref().map(ConsolePanel::device));
     devices.extend(drives::directories(config, fs)?);
     let names = devices::names(config, &devices);

@@ -68,6 +68,29 @@ pub fn write8(address: u64, value: u8) {
     unsafe { (address as *mut u8).write_volatile(value) }
 }
 
+/// Makes the gibibyte at 4 GiB accessible, as the first four are from the start.
+pub fn map_fifth_gibibyte() {
+    #[repr(align(4096))]
+    #[allow(dead_code, reason = "the processor reads it")]
+    struct Directory([u64; 512]);
+    static mut DIRECTORY: Directory = Directory([0; 512]);
+    unsafe extern "C" {
+        static mut pdpt: [u64; 512];
+    }
+    // SAFETY: single-threaded; the tables lie in the identity map. Pages of 2 MiB, open to ring 3.
+    unsafe {
+        let directory = (&raw mut DIRECTORY).cast::<u64>();
+        for page in 0..512u64 {
+            let entry = 4 << 30 | page << 21 | 0xe7;
+            directory.add(page as usize).write_volatile(entry);
+        }
+        (&raw mut pdpt)
+            .cast::<u64>()
+            .add(4)
+            .write_volatile(directory as u64 | 0x27);
+    }
+}
+
 /// The time-stamp counter, to bound every wait.
 pub fn tsc() -> u64 {
     // SAFETY: RDTSC reads a counter and nothing else.

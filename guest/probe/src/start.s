@@ -127,6 +127,7 @@ ring0_stack_top:
 pml4:
     .quad IMAGE + (pdpt - start64) + 0x27
     .fill 511, 8, 0
+.globl pdpt
 pdpt:
     .quad IMAGE + (pd - start64) + 0x27
     .quad IMAGE + (pd - start64) + 0x1027

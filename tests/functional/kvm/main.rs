@@ -12,6 +12,7 @@ mod console;
 mod ending;
 mod entropy;
 mod machine;
+mod mem;
 mod net;
 mod numa;
 mod pci;

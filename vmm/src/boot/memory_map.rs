@@ -1,6 +1,6 @@
 //! What a guest is told about its physical memory (e820 and PVH's memory map use the same types).
 
-use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion};
+use vm_memory::{Address, GuestMemoryRegion};
 
 use crate::memory::{GuestMemory, layout};
 
@@ -22,7 +22,7 @@ pub(super) struct Entry {
 /// The map, in the order of addresses, without overlaps.
 pub(super) fn memory_map(memory: &GuestMemory, has_pci: bool) -> Vec<Entry> {
     let mut map = Vec::new();
-    for region in memory.iter() {
+    for region in memory.ram() {
         let start = region.start_addr().raw_value();
         let end = start.saturating_add(region.len());
         // Cut the legacy hole out: between its ends nothing is RAM for the guest.
@@ -59,7 +59,7 @@ fn add(map: &mut Vec<Entry>, start: u64, end: u64, kind: u32) {
 
 /// End of the RAM that starts at 0: what a kernel and an initrd are loaded into.
 pub(super) fn low_memory_end(memory: &GuestMemory) -> u64 {
-    let mut regions = memory.iter();
+    let mut regions = memory.ram();
     let first = regions.find(|region| region.start_addr().raw_value() == 0);
     first.map_or(0, |region| region.len().min(layout::MMIO_HOLE_START))
 }
@@ -67,6 +67,6 @@ pub(super) fn low_memory_end(memory: &GuestMemory) -> u64 {
 /// All of the guest's RAM in bytes.
 pub(super) fn total_size(memory: &GuestMemory) -> u64 {
     memory
-        .iter()
+        .ram()
         .fold(0, |sum, region| region.len().saturating_add(sum))
 }

@@ -3,6 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::{Error, range};
+use crate::memory::hotplug::MAX_BLOCKS;
 
 /// Smallest block, and the default, in MiB.
 const MIN_BLOCK: u32 = 2;
@@ -18,9 +19,19 @@ pub struct MemoryHotplug {
     /// What comes or goes at once, in MiB: a power of two.
     #[serde(default = "min_block")]
     pub block_size_mib: u32,
-    /// What KVM is told of at once, in MiB: a multiple of `block_size_mib`.
+    /// In MiB, a multiple of `block_size_mib`. It has no further effect: every block is protected by
+    /// itself.
     #[serde(default = "min_slot")]
     pub slot_size_mib: u32,
+    /// How much of it the guest shall have as soon as it can, in MiB: a multiple of `block_size_mib`.
+    /// Ours.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub requested_size_mib: u32,
+}
+
+#[allow(clippy::trivially_copy_pass_by_ref, reason = "serde asks for it")]
+fn is_zero(size: &u32) -> bool {
+    *size == 0
 }
 
 fn min_block() -> u32 {
@@ -55,11 +66,21 @@ impl MemoryHotplug {
                 "use a multiple of `slot_size_mib`, not 0",
             );
         }
+        if u64::from(total / block) > MAX_BLOCKS {
+            return range(
+                "memory-hotplug.block_size_mib",
+                block,
+                "use larger blocks: `total_size_mib` may have 32768 of them",
+            );
+        }
+        let requested = self.requested_size_mib;
+        if requested > total || !requested.is_multiple_of(block) {
+            return range(
+                "memory-hotplug.requested_size_mib",
+                requested,
+                "use a multiple of `block_size_mib`, at most `total_size_mib`",
+            );
+        }
         Ok(())
-    }
-
-    /// What of it this VMM does not do yet.
-    pub(super) fn unsupported(&self) -> Option<&'static str> {
-        Some("memory-hotplug")
     }
 }

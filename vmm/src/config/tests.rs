@@ -196,15 +196,8 @@ fn knows_devices_that_another_process_works_for() {
 
 #[test]
 fn names_what_is_not_supported_yet() {
-    for (extra, field) in [
-        (r#","serial":{}"#, "`serial`"),
-        (
-            r#","memory-hotplug":{"total_size_mib":128}"#,
-            "`memory-hotplug`",
-        ),
-    ] {
-        refused_with(&with(extra), &[field, "not supported yet"]);
-    }
+    let extra = r#","serial":{}"#;
+    refused_with(&with(extra), &["`serial`", "not supported yet"]);
     refused_with(
         &machine(r#""vcpu_count":1,"mem_size_mib":1,"smt":true"#),
         &["smt", "not supported yet"],
@@ -356,6 +349,14 @@ fn is_written_as_it_is_read() {
 }
 
 #[test]
+fn memory_of_other_processes_does_not_grow() {
+    let hotplug = r#","memory-hotplug":{"total_size_mib":128}"#;
+    assert!(Config::from_json(with(hotplug).as_bytes()).is_ok());
+    let shared = format!(r#"{hotplug},"fs":[{{"tag":"a","socket":"/a"}}]"#);
+    refused_with(&with(&shared), &["memory-hotplug", "would not see"]);
+}
+
+#[test]
 fn checks_what_is_refused_later_anyway() {
     let config = |change: fn(&mut Config)| {
         let mut config = Config::from_json(with("").as_bytes()).unwrap();
@@ -395,6 +396,7 @@ fn checks_what_is_refused_later_anyway() {
         total_size_mib,
         block_size_mib,
         slot_size_mib,
+        requested_size_mib: 0,
     };
     assert!(hotplug(1024, 2, 128).check().is_ok());
     for (total, block, slot) in [
@@ -404,8 +406,16 @@ fn checks_what_is_refused_later_anyway() {
         (1024, 2, 64),
         (1000, 2, 128),
         (1024, 256, 128),
+        (65536 + 128, 2, 128),
     ] {
         assert!(hotplug(total, block, slot).check().is_err());
+    }
+    for (requested, fits) in [(1024, true), (64, true), (63, false), (1026, false)] {
+        let config = MemoryHotplug {
+            requested_size_mib: requested,
+            ..hotplug(1024, 2, 128)
+        };
+        assert_eq!(config.check().is_ok(), fits, "{requested}");
     }
     let both = config(|config| {
         let drive = r#"{"drive_id":"a","path_on_host":"/a","is_root_device":true}"#;

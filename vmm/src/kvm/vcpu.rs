@@ -113,6 +113,12 @@ impl Vcpu {
                 kick::acknowledge();
                 return Exit::Kicked;
             }
+            // Older kernels do not say where.
+            Err(error) if error.errno() == libc::EFAULT => {
+                let why =
+                    "the host has no memory for an address that the guest used: is it plugged in?";
+                return Exit::Crashed(self.describe(why));
+            }
             Err(error) => {
                 let error = failed("run the guest")(error);
                 return Exit::Crashed(self.describe(&error.to_string()));

@@ -8,7 +8,8 @@
 //! 0xe000_0000  MMIO hole: PCI configuration space and BARs (with PCI only)
 //! 0xfec0_0000  MMIO hole: I/O APIC, local APICs
 //! 0x1_0000_0000 RAM beyond 3 GiB
-//! at the next GiB above all RAM: memory of devices (pmem)
+//! at the next 2 GiB above it: memory that comes later (virtio-mem)
+//! at the next GiB above all that: memory of devices (pmem)
 //! ```
 
 use std::ops::RangeInclusive;
@@ -53,6 +54,9 @@ pub const HIGH_MEMORY_START: u64 = 0x100000;
 pub const MMIO_HOLE_START: u64 = 0xc000_0000;
 /// First address above the hole: RAM goes on here.
 pub const MMIO_HOLE_END: u64 = 0x1_0000_0000;
+/// Where memory that comes later may begin, above all that is there: the largest piece in which Linux
+/// adds memory.
+pub const HOTPLUG_ALIGN: u64 = 2 << 30;
 /// Sleep, reset and event registers named by the FADT and by the generic event device.
 pub const ACPI_REGISTERS_START: u64 = MMIO_HOLE_START;
 /// Size of these in bytes. They share a page with what follows.

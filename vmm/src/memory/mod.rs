@@ -2,7 +2,9 @@
 
 pub mod dirty;
 pub mod file_mapping;
+mod guest;
 pub mod heap;
+pub mod hotplug;
 pub mod huge;
 pub mod iovec;
 pub mod layout;
@@ -15,14 +17,16 @@ use std::sync::Arc;
 use log::warn;
 use thiserror::Error;
 use vm_memory::mmap::{MmapRegionBuilder, MmapRegionError};
-use vm_memory::{FileOffset, GuestAddress, GuestRegionCollectionError, GuestRegionMmap};
+use vm_memory::{
+    FileOffset, GuestAddress, GuestMemoryBackend as _, GuestMemoryMmap, GuestRegionCollectionError,
+    GuestRegionMmap,
+};
 
 pub use self::dirty::DirtyPages;
+pub use self::guest::GuestMemory;
+use self::hotplug::HotplugRegion;
 use self::huge::HUGE_PAGE;
 pub use crate::config::HugePages;
-
-/// The guest's memory. Cloning it is cheap: the mappings are shared.
-pub type GuestMemory = vm_memory::GuestMemoryMmap<DirtyPages>;
 
 /// What the memory is made of.
 #[derive(Clone, Copy, Debug, Default)]
@@ -89,6 +93,16 @@ pub enum Error {
     /// Beyond what this program can address.
     #[error("{0} MiB of guest memory are more than can be addressed; use less (`mem_size_mib`)")]
     TooLarge(u64),
+    /// There is no room for memory that comes later.
+    #[error(
+        "the host cannot map {mib} MiB for memory that comes later: {source}; use less (`memory-hotplug.total_size_mib`)"
+    )]
+    Hotplug {
+        /// How much was wanted.
+        mib: u64,
+        /// What the host said.
+        source: std::io::Error,
+    },
 }
 
 /// Maps `size` bytes of zeroes for a guest: from 0 up to the MMIO hole, the rest above 4 GiB.
@@ -131,8 +145,10 @@ pub fn allocate_with(size: u64, options: Options) -> Result<GuestMemory, Error> 
             region(GuestAddress(start), length, place, size, options)
         })
         .collect::<Result<Vec<_>, _>>()?;
-    let memory = GuestMemory::from_regions(regions);
-    let memory = memory.map_err(|source| Error::Regions { mib, source })?;
+    let memory = GuestMemoryMmap::from_regions(regions);
+    let memory = memory
+        .map_err(|source| Error::Regions { mib, source })?
+        .into();
     if options.huge_pages == HugePages::Transparent
         && let Err(error) = huge::advise_all(&memory)
     {
@@ -186,10 +202,33 @@ fn region(
     GuestRegionMmap::new(mapping, start).ok_or(Error::TooLarge(mib))
 }
 
+/// Adds room for `len` bytes that come and go in blocks, above all memory there is. Of ordinary pages
+/// always: where a page of the host's pool is read, one is taken.
+///
+/// # Errors
+/// When the host refuses the mapping.
+pub fn add_hotplug(memory: &GuestMemory, len: u64, block_size: u64) -> Result<GuestMemory, Error> {
+    let tracking = memory.iter().any(|region| dirty::of(region).is_tracking());
+    let pages = match usize::try_from(len) {
+        Ok(len) if tracking => DirtyPages::tracking(len),
+        _ => DirtyPages::default(),
+    };
+    let failed = |source| Error::Hotplug {
+        mib: len >> 20,
+        source,
+    };
+    let end = memory.last_addr().0.max(layout::MMIO_HOLE_END);
+    let start = end.checked_next_multiple_of(layout::HOTPLUG_ALIGN.max(block_size));
+    let start = start.ok_or_else(|| failed(std::io::ErrorKind::InvalidInput.into()))?;
+    let region = HotplugRegion::new(start, len, block_size, pages).map_err(failed)?;
+    let grown = memory.with_hotplug(region);
+    grown.map_err(|source| failed(std::io::Error::other(source)))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
-    use vm_memory::{GuestMemoryBackend as _, GuestMemoryRegion as _};
+    use vm_memory::GuestMemoryRegion as _;
 
     fn regions(mib: u64) -> Vec<(u64, u64)> {
         let memory = allocate(mib << 20).unwrap();
@@ -204,6 +243,17 @@ mod tests {
         assert_eq!(regions(1), [(0, 1)]);
         assert_eq!(regions(3072), [(0, 3072)]);
         assert_eq!(regions(3073), [(0, 3072), (1 << 32, 1)]);
+    }
+
+    #[test]
+    fn room_for_more_lies_above() {
+        for (ram, start) in [(128, 4 << 30), (3072, 4 << 30), (3073, 6 << 30)] {
+            let memory = allocate(ram << 20).unwrap();
+            let memory = add_hotplug(&memory, 256 << 20, 2 << 20).unwrap();
+            assert_eq!(memory.hotplug().unwrap().start(), start);
+            let size: u64 = memory.ram().map(|region| region.len()).sum();
+            assert_eq!(size, ram << 20);
+        }
     }
 
     #[test]

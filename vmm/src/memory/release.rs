@@ -116,7 +116,7 @@ mod tests {
     use super::*;
     use std::fs::File;
     use std::os::unix::fs::MetadataExt as _;
-    use vm_memory::{Bytes as _, FileOffset};
+    use vm_memory::{Bytes as _, FileOffset, GuestMemoryMmap};
 
     fn filled(ranges: &[(GuestAddress, usize)]) -> GuestMemory {
         let memory = GuestMemory::from_ranges(ranges).unwrap();
@@ -197,7 +197,9 @@ mod tests {
         file.set_len(0x10_0000).unwrap();
         let offset = |file: &File| FileOffset::new(file.try_clone().unwrap(), 0);
         let range = (GuestAddress(0), 0x10_0000, Some(offset(&file)));
-        let memory = GuestMemory::from_ranges_with_files([range]).unwrap();
+        let memory: GuestMemory = GuestMemoryMmap::from_ranges_with_files([range])
+            .unwrap()
+            .into();
         memory
             .write_slice(&[7; 0x10_0000], GuestAddress(0))
             .unwrap();

@@ -18,10 +18,12 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use super::block::{Block, BlockOptions, CacheType};
 use super::device::VirtioDevice;
 use super::testing::{DATA, Driver, END, INDIRECT, NEXT, WRITE, memory};
-use super::{Balloon, BalloonOptions, DeviceWorker, Entropy, MmioTransport, net, vsock};
+use super::{
+    Balloon, BalloonOptions, DeviceWorker, Entropy, Mem, MemOptions, MmioTransport, net, vsock,
+};
 use crate::bus::BusDevice as _;
 use crate::lockdown::{self, Role, Stage};
-use crate::memory::GuestMemory;
+use crate::memory::{GuestMemory, add_hotplug};
 
 const QUEUES: u64 = 5;
 const SIZE: u16 = 8;
@@ -136,6 +138,13 @@ impl Vcpu {
                 bytes[..4].copy_from_slice(&random.one(&[0_u32, 1, 4, 8, 9]).to_le_bytes());
                 let sector = random.one(&[0, 1, 63, 64, u64::MAX]);
                 bytes[8..16].copy_from_slice(&sector.to_le_bytes());
+            }
+            // A request for memory: few blocks, so that they come and go.
+            3 if random.below(2) == 0 => {
+                bytes[..2].copy_from_slice(&[random.below(5) as u8, 0]);
+                let block = (4 << 30) + random.below(33) * (2 << 20);
+                bytes[8..16].copy_from_slice(&block.to_le_bytes());
+                bytes[16..18].copy_from_slice(&[random.below(4) as u8, 0]);
             }
             _ => bytes[..12].fill(0),
         }
@@ -277,7 +286,7 @@ fn no_guest_and_no_host_can_break_the_devices() {
     lockdown::install_violation_reporter().unwrap();
     crate::memory::heap::share_among_threads();
     let seconds = std::env::var("CASEMATE_STRESS_SECONDS").map_or(2, |text| text.parse().unwrap());
-    let memory = memory();
+    let memory = add_hotplug(&memory(), 64 << 20, 2 << 20).unwrap();
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("v.sock");
     let disk = tempfile::tempfile().unwrap();
@@ -302,12 +311,17 @@ fn no_guest_and_no_host_can_break_the_devices() {
         free_page_hinting: true,
         free_page_reporting: true,
     };
-    let all: [Box<dyn VirtioDevice>; 5] = [
+    let mem = MemOptions {
+        region: Arc::clone(memory.hotplug().unwrap()),
+        requested_size_mib: 32,
+    };
+    let all: [Box<dyn VirtioDevice>; 6] = [
         Box::new(Block::new(block).unwrap()),
         Box::new(Entropy::default()),
         Box::new(net),
         Box::new(vsock),
         Box::new(Balloon::new(balloon).unwrap()),
+        Box::new(Mem::new(mem).unwrap()),
     ];
     let mut worker = DeviceWorker::new().unwrap();
     let devices: Vec<_> = all

@@ -199,7 +199,10 @@ impl<D: VirtioDevice> Rig<D> {
     }
 
     pub fn with(device: D, features: u64, size: u16) -> Self {
-        let memory = memory();
+        Self::on(memory(), device, features, size)
+    }
+
+    pub fn on(memory: GuestMemory, device: D, features: u64, size: u16) -> Self {
         let count = device.traits().queue_sizes.len() as u16;
         let mut rig = Self {
             device,

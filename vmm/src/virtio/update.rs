@@ -6,6 +6,7 @@ use thiserror::Error;
 
 use super::balloon;
 use super::block;
+use super::mem;
 use super::rate_limiter::LimiterUpdate;
 
 /// One change.
@@ -24,6 +25,8 @@ pub enum Update {
         /// For what it sends.
         tx: LimiterUpdate,
     },
+    /// Something for a memory device.
+    Mem(mem::Command),
 }
 
 impl Update {
@@ -34,6 +37,7 @@ impl Update {
             Self::File(_) => "file",
             Self::Balloon(_) => "balloon",
             Self::NetLimits { .. } => "rate limits of a network card",
+            Self::Mem(_) => "memory to plug",
         }
     }
 }
@@ -45,6 +49,8 @@ pub enum Answer {
     Done,
     /// How a balloon is.
     Balloon(Box<balloon::Status>),
+    /// How a memory device is.
+    Mem(mem::Status),
 }
 
 /// Why a device was not changed.
@@ -59,6 +65,9 @@ pub enum UpdateError {
     /// The balloon cannot.
     #[error(transparent)]
     Balloon(#[from] balloon::Error),
+    /// The memory device cannot.
+    #[error(transparent)]
+    Mem(#[from] mem::Error),
     /// There is no such device any more.
     #[error("the device is gone")]
     NoDevice,

@@ -5,6 +5,7 @@ mod blk;
 mod console;
 mod cpuid;
 mod fs;
+mod mem;
 mod net;
 mod pit;
 mod pmem;
@@ -40,6 +41,7 @@ pub fn run(name: &str, cmdline: &Cmdline) -> Result<(), Failure> {
         "rng" => rng::run(cmdline),
         "vsock" => vsock::echo(cmdline),
         "vsock-connect" => vsock::connect(cmdline),
+        "mem" => mem::run(cmdline),
         "net" => net::run(cmdline),
         "pmem" => pmem::run(cmdline),
         "pit" => pit::run(),

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use serde_json::json;
 
-use super::action::{Action, DriveUpdate, MemoryHotplugAction, NetworkInterfaceUpdate};
+use super::action::{Action, DriveUpdate, NetworkInterfaceUpdate};
 use super::{Desk, Fault, Reply};
 use crate::config::RateLimiter;
 use crate::machine::RunningMachine;
@@ -54,9 +54,7 @@ impl Desk {
             }
             Action::SendCtrlAltDel => machine.panel.acpi.press_power_button(),
             Action::Balloon(action) => return self.balloon(machine, action),
-            Action::MemoryHotplug(MemoryHotplugAction::Get | MemoryHotplugAction::Patch(_)) => {
-                return Err(Fault::NoDevice("memory device".to_owned()));
-            }
+            Action::MemoryHotplug(action) => return self.memory(machine, action),
             Action::Mmds(action) => return self.metadata(action),
             Action::PutDrive(_) | Action::PutPmem(_) | Action::PutNetworkInterface(_) => {
                 return Err(Fault::NotYet("adding devices to a running machine"));

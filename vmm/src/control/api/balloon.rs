@@ -68,7 +68,7 @@ impl Desk {
 fn status(answer: Answer, show: impl FnOnce(Status) -> Option<Value>) -> Result<Reply, Fault> {
     let shown = match answer {
         Answer::Balloon(status) => show(*status),
-        Answer::Done => None,
+        Answer::Done | Answer::Mem(_) => None,
     };
     let shown = shown.ok_or_else(|| Fault::NoDevice("balloon statistics".to_owned()))?;
     Ok(Reply::of(&shown))

@@ -11,6 +11,7 @@ mod before;
 mod connection;
 mod fault;
 pub mod http;
+mod memory;
 pub mod routes;
 mod server;
 
