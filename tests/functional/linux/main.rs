@@ -6,6 +6,7 @@ mod discard;
 mod ending;
 mod images;
 mod machine;
+mod memory;
 mod numa;
 mod streams;
 mod vmm;
