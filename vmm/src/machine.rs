@@ -233,7 +233,7 @@ pub fn build(config: &Config, resources: Resources, options: Options) -> Result<
     let supported = template.apply(&supported)?;
     let mut cpuid = MachineCpuid::new(&supported, max_vcpus, vm.has_tsc_deadline());
     if config.machine_config.numa_nodes.len() > 1 {
-        cpuid.without_shared_caches();
+        cpuid.set_nodes(placement::nodes_of_vcpus(&config.machine_config));
     }
     let memory = memory::Options {
         huge_pages: config.machine_config.huge_pages,

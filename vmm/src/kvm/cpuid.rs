@@ -75,6 +75,8 @@ const fn bits(positions: &[u32]) -> u32 {
 /// The CPUID of a machine, but for what differs from vCPU to vCPU.
 pub struct MachineCpuid {
     entries: Vec<kvm_cpuid_entry2>,
+    /// The NUMA node of each vCPU; empty where there is one at most.
+    nodes: Vec<u8>,
 }
 
 impl MachineCpuid {
@@ -106,11 +108,17 @@ impl MachineCpuid {
                 entries.extend(topology(leaf, vcpus));
             }
         }
-        Self { entries }
+        Self {
+            entries,
+            nodes: Vec::new(),
+        }
     }
 
-    /// Lets no vCPUs share a cache: where they are in several NUMA nodes, a cache of all would contradict that.
-    pub fn without_shared_caches(&mut self) {
+    /// Puts the vCPUs into these NUMA nodes. They share no cache then: one of all would contradict the nodes.
+    /// (Of an AMD CPU without topology extensions Linux believes that all cores of a socket share one. It says
+    /// once that it ignores that.)
+    pub fn set_nodes(&mut self, of_vcpus: Vec<u8>) {
+        self.nodes = of_vcpus;
         for entry in &mut self.entries {
             if matches!(entry.function, 0x4 | 0x8000_001d) {
                 entry.eax &= !CACHE_SHARING;
@@ -138,8 +146,8 @@ impl MachineCpuid {
                     entry.eax = u32::from(id);
                     // Core id, and one thread a core.
                     entry.ebx = u32::from(id);
-                    // Node 0 of one.
-                    entry.ecx = 0;
+                    let node = self.nodes.get(usize::from(id));
+                    entry.ecx = node.copied().unwrap_or(0).into();
                 }
                 _ => {}
             }
@@ -309,10 +317,11 @@ mod tests {
         assert_eq!(read(&vcpu, 0x8000_001d, 3)[0], 4 << 14 | 0x163);
         assert_eq!(read(&vcpu, 0x8000_001e, 0)[..3], [3, 3, 0]);
         let mut nodes = MachineCpuid::new(&host, 5, true);
-        nodes.without_shared_caches();
+        nodes.set_nodes(vec![0, 1, 0, 1, 0]);
         let vcpu = nodes.of_vcpu(3).unwrap();
         assert_eq!(read(&vcpu, 4, 3)[0], 4 << 26 | 0x163);
         assert_eq!(read(&vcpu, 0x8000_001d, 3)[0], 0x163);
+        assert_eq!(read(&vcpu, 0x8000_001e, 0)[..3], [3, 3, 1]);
         let alone = MachineCpuid::new(&host, 1, true).of_vcpu(0).unwrap();
         assert_eq!(read(&alone, 1, 0)[3] & LEAF_1_EDX_HTT, 0);
         assert_eq!(read(&alone, 0xb, 1), [0, 1, 0x201, 0]);

@@ -71,6 +71,16 @@ pub(super) fn host_cpus(machine: &MachineConfig) -> Vec<Vec<u16>> {
     (0..machine.max_vcpus()).map(of_vcpu).collect()
 }
 
+/// The node of each vCPU; the first for one that is in none.
+pub(super) fn nodes_of_vcpus(machine: &MachineConfig) -> Vec<u8> {
+    let of_vcpu = |id| {
+        let mut nodes = machine.numa_nodes.iter();
+        let node = nodes.position(|node| node.cpus.contains(&id));
+        u8::try_from(node.unwrap_or(0)).unwrap_or(u8::MAX)
+    };
+    (0..machine.max_vcpus()).map(of_vcpu).collect()
+}
+
 /// Does `start`, which starts the thread of `vcpu`, while this thread may run on `cpus` alone: a new thread
 /// inherits that, and cannot change it once it is sealed.
 pub(super) fn on_cpus<T>(vcpu: u8, cpus: &[u16], start: impl FnOnce() -> T) -> Result<T, Error> {
@@ -119,6 +129,7 @@ mod tests {
             (&[10, 20][..], &[20, 10][..])
         );
         assert_eq!(host_cpus(&machine), [vec![3, 5], vec![], vec![3, 5]]);
+        assert_eq!(nodes_of_vcpus(&machine), [0, 1, 0]);
         let plain = MachineConfig::default();
         assert_eq!(host_cpus(&plain), [Vec::<u16>::new()]);
         assert!(super::nodes(&plain).is_empty());
