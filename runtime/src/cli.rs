@@ -38,6 +38,8 @@ pub enum Command {
     Doctor(DoctorArgs),
     /// Print a VMM's metrics as Prometheus text
     Metrics(MetricsArgs),
+    /// Show how many virtual CPUs a running microVM has, or change it
+    Vcpus(VcpusArgs),
     /// Remove what killed runs left behind
     Gc,
     /// Register, list and remove guest kernels
@@ -80,6 +82,10 @@ pub struct RunArgs {
     /// Virtual CPUs, 1-32
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=32))]
     pub cpus: u8,
+    /// Virtual CPUs that the machine can have while it runs, --cpus to 32: change their number by `casemate vcpus`
+    /// [default: fixed]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(1..=32))]
+    pub max_cpus: Option<u8>,
     /// Guest memory: MiB, or a number with the suffix M or G
     #[arg(long, short = 'm', value_name = "SIZE", default_value = "512", value_parser = parse_memory_mib)]
     pub memory: u64,
@@ -170,6 +176,16 @@ pub struct InspectArgs {
     pub json: bool,
     /// The machine
     pub id: String,
+}
+
+/// `casemate vcpus`.
+#[derive(Debug, Args)]
+pub struct VcpusArgs {
+    /// The machine, started with --max-cpus
+    pub id: String,
+    /// How many it shall have, 1 to its --max-cpus. Those that are too many leave when the guest lets them go
+    #[arg(value_name = "N", value_parser = clap::value_parser!(u8).range(1..=32))]
+    pub count: Option<u8>,
 }
 
 /// `casemate doctor`.

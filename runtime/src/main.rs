@@ -14,6 +14,7 @@ mod run;
 mod say;
 mod state;
 mod units;
+mod vcpus;
 
 use std::fmt::Display;
 use std::process::ExitCode;
@@ -45,6 +46,7 @@ fn main() -> ExitCode {
         Command::Inspect(args) => done(inspect::run(&args.id, args.json)),
         Command::Doctor(args) => written(doctor::run(args.json)),
         Command::Metrics(args) => done(metrics::run(&args.file)),
+        Command::Vcpus(args) => done(vcpus::run(&args.id, args.count)),
         Command::Gc => done(gc()),
         Command::Kernel(args) => done(kernels::cli(&args.args)),
         Command::Monitor(args) => done(monitor::main(&args)),

@@ -17,6 +17,10 @@ pub const VSOCK: &str = "vsock";
 const METADATA: &str = "metadata";
 /// File name of that socket in the machine's directory.
 pub const VSOCK_SOCKET: &str = "v.sock";
+/// The API's socket: a name for the jailer and the VMM, and a file in the machine's directory.
+const API: &str = "api";
+/// Its file name.
+pub const API_SOCKET: &str = "api.sock";
 /// The guest's vsock address. Every machine has its own device, so all may have the same.
 const GUEST_CID: u32 = 3;
 
@@ -62,6 +66,11 @@ pub fn machine_config(plan: &Plan) -> Value {
         let service = json!({ "version": "V2", "network_interfaces": cards });
         set(&mut config, "mmds-config", service);
     }
+    if let Some(max) = plan.max_cpus
+        && let Some(machine) = config.get_mut("machine-config")
+    {
+        set(machine, "max_vcpu_count", json!(max));
+    }
     if plan.spec.is_some() {
         set(
             &mut config,
@@ -95,7 +104,7 @@ pub fn jailer_arguments(
     args.flag("--new-pid-ns");
     // Should this process be killed, nobody would end the machine.
     args.flag(&format!("--die-with-parent={}", std::process::id()));
-    let limits = host.limits(plan.memory_mib, plan.cpus);
+    let limits = host.limits(plan.memory_mib, plan.max_cpus.unwrap_or(plan.cpus));
     if !limits.is_empty() {
         args.option("--parent-cgroup", cgroups::PARENT);
     }
@@ -132,17 +141,19 @@ pub fn jailer_arguments(
     if plan.spec.is_some() {
         args.grant("--grant-listen", VSOCK, socket);
     }
+    // Only where there is something to ask of the running machine.
+    if plan.max_cpus.is_some() {
+        args.grant("--grant-api", API, &socket.with_file_name(API_SOCKET));
+    }
     if plan.allow_missing_landlock {
         args.flag("--allow-missing=landlock");
     }
-    for word in [
-        "--",
-        "--no-api",
-        "--config-file",
-        "config",
-        "--level",
-        "warn",
-    ] {
+    args.flag("--");
+    match plan.max_cpus {
+        Some(_) => args.option("--api-sock", API),
+        None => args.flag("--no-api"),
+    }
+    for word in ["--config-file", "config", "--level", "warn"] {
         args.flag(word);
     }
     if plan.metadata.is_some() {
@@ -204,6 +215,7 @@ mod tests {
             metadata: Some("/m.json".into()),
             netns: None,
             cpus: 2,
+            max_cpus: None,
             memory_mib: 256,
             spec: Some(Default::default()),
             allow_missing_landlock: false,
@@ -245,6 +257,29 @@ mod tests {
             !config.to_string().contains("/cache"),
             "the VMM learns no path"
         );
+    }
+
+    #[test]
+    fn a_machine_may_grow() {
+        let grows = Plan {
+            max_cpus: Some(4),
+            ..plan()
+        };
+        assert_eq!(
+            machine_config(&grows)["machine-config"],
+            json!({ "vcpu_count": 2, "max_vcpu_count": 4, "mem_size_mib": 256 })
+        );
+        let words = |plan: &Plan| {
+            let (config, socket) = (Path::new("/s/config.json"), Path::new("/s/v.sock"));
+            let args = jailer_arguments(plan, 1, config, socket, &Hierarchies::default());
+            let args: Vec<_> = args.iter().map(|word| word.to_string_lossy()).collect();
+            args.join(" ")
+        };
+        let said = words(&grows);
+        assert!(said.contains("--grant-api api=/s/api.sock"), "{said}");
+        assert!(said.contains("-- --api-sock api --config-file"), "{said}");
+        let said = words(&plan());
+        assert!(said.contains("-- --no-api --config-file"), "{said}");
     }
 
     #[test]

@@ -23,6 +23,7 @@ use crate::places::{MissingProgram, Places};
 use crate::state::{self, Machine, Traits, UidRange};
 use crate::{inspect, kernels, rootfs, say};
 use children::Children;
+pub use machine_config::API_SOCKET;
 use plan::Plan;
 pub use plan::is_disk;
 use supervise::{Limits, Supervisor};
@@ -85,6 +86,14 @@ pub enum Error {
     /// Not there.
     #[error("--net {0}: no tap of that name exists: make it with `ip tuntap add {0} mode tap`")]
     NoTap(String),
+    /// The most is less than what there is at the start.
+    #[error("--max-cpus {max}: less than --cpus {cpus}")]
+    FewerCpus {
+        /// `--cpus`.
+        cpus: u8,
+        /// `--max-cpus`.
+        max: u8,
+    },
     /// `-t` without a terminal.
     #[error("--tty: standard input is not a terminal")]
     NoTerminal,

@@ -57,8 +57,10 @@ pub struct Plan {
     pub metadata: Option<PathBuf>,
     /// Where they are.
     pub netns: Option<PathBuf>,
-    /// Virtual CPUs.
+    /// Virtual CPUs at the start.
     pub cpus: u8,
+    /// How many there can be while the machine runs, if their number can change.
+    pub max_cpus: Option<u8>,
     /// Guest memory in MiB.
     pub memory_mib: u64,
     /// The command; none with a bare kernel.
@@ -83,6 +85,14 @@ impl Plan {
         };
         if !nix::unistd::geteuid().is_root() {
             return Err(Error::NotRoot);
+        }
+        if let Some(max) = args.max_cpus
+            && max < args.cpus
+        {
+            return Err(Error::FewerCpus {
+                cpus: args.cpus,
+                max,
+            });
         }
         let vmm = resolved("the VMM", &places.program("casemate-vmm")?)?;
         let jailer = places.program("casemate-jailer")?;
@@ -129,6 +139,7 @@ impl Plan {
             metadata,
             netns,
             cpus: args.cpus,
+            max_cpus: args.max_cpus,
             memory_mib: args.memory,
             spec,
             allow_missing_landlock: may_miss("landlock"),

@@ -9,4 +9,5 @@ mod machine;
 mod memory;
 mod numa;
 mod streams;
+mod vcpus;
 mod vmm;
