@@ -13,7 +13,7 @@ use casemate_vmm::ending::End;
 use casemate_vmm::metrics::{self, Reporter};
 use casemate_vmm::resources::{Jail, Served, Source};
 use casemate_vmm::{Error, lockdown, logging, machine, memory};
-use log::{debug, error, info, warn};
+use log::{error, info, warn};
 
 fn main() {
     let code = match start() {
@@ -21,7 +21,7 @@ fn main() {
         Ok(Some(end)) => {
             match &end {
                 End::Failed(why) => error!("the VMM failed: {why}"),
-                End::Crashed(why) => debug!("crash: {why}"),
+                End::Crashed(why) => error!("the guest crashed: {why}"),
                 other => info!("the machine has ended: {other:?}"),
             }
             end.exit_code()

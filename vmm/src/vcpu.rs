@@ -6,7 +6,6 @@ use std::thread::{Builder, JoinHandle};
 use std::time::Duration;
 use std::time::Instant;
 
-use log::error;
 use thiserror::Error;
 use vmm_sys_util::signal::Killable;
 
@@ -230,9 +229,8 @@ fn run_guest(vcpu: &mut Vcpu, buses: &Buses, ends: &EndSignal) -> Exit {
             Exit::Reset => ends.announce(End::Reset),
             Exit::Crashed(why) => {
                 buses.metrics.failures.inc();
-                // First of all: the log may be a pipe that nobody empties.
+                // Whoever ends the process logs it: a line of this thread's might not get out before.
                 ends.announce(End::Crashed(why.clone()));
-                error!("the guest crashed: {why}");
             }
         }
         return exit;

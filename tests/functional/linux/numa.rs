@@ -22,7 +22,6 @@ sleep 1000
 ";
 
 #[test]
-#[ignore = "Linux warns of CPUs whose CPUID names another node than the SRAT: CPUID has to follow it"]
 fn a_guest_has_nodes_and_they_lie_on_nodes_of_the_host() {
     let host = std::fs::read_to_string("/sys/devices/system/node/has_memory").unwrap();
     let host = host.trim();
