@@ -57,6 +57,24 @@ struct State {
     present: VcpuSet,
     added: VcpuSet,
     leaving: VcpuSet,
+    /// Present, and the guest has read that it shall let them go.
+    asked: VcpuSet,
+    /// Asked, and wanted again before the guest has let them go: they come back once it has.
+    returning: VcpuSet,
+}
+
+/// The `count` vCPUs that shall stay or come, where there are those of `staying`: the lowest absent
+/// numbers come first, the highest leave first.
+fn chosen(staying: VcpuSet, count: u8) -> VcpuSet {
+    let mut chosen = staying;
+    for _ in staying.count_ones()..count.into() {
+        chosen |= 1_u32.checked_shl(chosen.trailing_ones()).unwrap_or(0);
+    }
+    for _ in u32::from(count)..staying.count_ones() {
+        let highest = chosen.checked_ilog2().unwrap_or(0);
+        chosen &= !1_u32.checked_shl(highest).unwrap_or(0);
+    }
+    chosen
 }
 
 /// The registers.
@@ -98,7 +116,8 @@ impl VcpuRegisters {
 
     /// Adds vCPUs, the lowest absent numbers first, or asks the guest to let go of those with the highest
     /// numbers, until there are `count`. Added ones are present at once; the others leave when the guest
-    /// lets them go, if it does. Requests that it has not seen yet are taken back.
+    /// lets them go, if it does. Requests that it has not seen yet are taken back; of one that it has seen and
+    /// not obeyed yet, the vCPU comes back as soon as the guest has let it go.
     ///
     /// # Errors
     /// When `count` is 0 or more than there can be.
@@ -111,18 +130,11 @@ impl VcpuRegisters {
         }
         {
             let mut state = self.state();
-            state.leaving = 0;
-            for _ in state.present.count_ones()..count.into() {
-                let lowest = 1_u32.checked_shl(state.present.trailing_ones());
-                let new = lowest.unwrap_or(0);
-                state.present |= new;
-                state.added |= new;
-            }
-            for _ in u32::from(count)..state.present.count_ones() {
-                let staying = state.present & !state.leaving;
-                let highest = staying.checked_ilog2().unwrap_or(0);
-                state.leaving |= 1_u32.checked_shl(highest).unwrap_or(0);
-            }
+            let chosen = chosen(state.present & !state.asked, count);
+            state.leaving = state.present & !chosen;
+            state.returning = state.asked & chosen;
+            state.added |= chosen & !state.present;
+            state.present |= chosen;
             if state.added | state.leaving == 0 {
                 return Ok(());
             }
@@ -136,14 +148,20 @@ impl VcpuRegisters {
     }
 
     fn eject(&self, vcpus: VcpuSet) {
-        let gone = {
+        let (gone, back) = {
             let mut state = self.state();
             let gone = vcpus & state.present & !FIRST;
-            state.present &= !gone;
-            state.added &= !gone;
+            let back = gone & state.returning;
+            state.present = state.present & !gone | back;
+            state.added = state.added & !gone | back;
             state.leaving &= !gone;
-            gone
+            state.asked &= !gone;
+            state.returning &= !gone;
+            (gone, back)
         };
+        if back != 0 {
+            self.events.raise(Event::Vcpus);
+        }
         if gone != 0 {
             // An eventfd fails only in ways that a new attempt would too.
             let _ = self.ejected.trigger();
@@ -161,7 +179,11 @@ impl BusDevice for VcpuRegisters {
         let value = match offset {
             PRESENT => state.present,
             ADDED => std::mem::take(&mut state.added),
-            LEAVING => std::mem::take(&mut state.leaving),
+            LEAVING => {
+                let leaving = std::mem::take(&mut state.leaving);
+                state.asked |= leaving;
+                leaving
+            }
             _ => 0,
         };
         *data = value.to_le_bytes();
@@ -234,6 +256,24 @@ mod tests {
         registers.set_count(2).unwrap();
         registers.set_count(3).unwrap();
         assert_eq!((read(&registers, 8), read(&registers, 4)), (0, 0));
+    }
+
+    /// Linux takes a CPU offline long before it ejects it.
+    #[test]
+    fn one_that_is_wanted_again_while_it_leaves_comes_back() {
+        let registers = registers(4, 4);
+        registers.set_count(2).unwrap();
+        assert_eq!(read(&registers, 8), 0b1100);
+        eject(&registers, 0b1000);
+        registers.set_count(3).unwrap();
+        assert_eq!((events(&registers), registers.present()), (2, 0b0111));
+        assert_eq!((read(&registers, 4), read(&registers, 8)), (0, 0));
+        eject(&registers, 0b0100);
+        assert_eq!((events(&registers), registers.present()), (2, 0b0111));
+        assert_eq!(read(&registers, 4), 0b0100);
+        // Once: what a guest lets go unasked stays away.
+        eject(&registers, 0b0100);
+        assert_eq!((events(&registers), registers.present()), (0, 0b0011));
     }
 
     #[test]
