@@ -228,11 +228,7 @@ impl Config {
     }
 
     fn refuse_unsupported(&self) -> Result<(), Error> {
-        let found = [
-            self.serial.as_ref().and_then(Serial::unsupported),
-            self.machine_config.unsupported(),
-        ];
-        match found.into_iter().flatten().next() {
+        match self.machine_config.unsupported() {
             Some(field) => Err(Error::NotSupported(field)),
             None => Ok(()),
         }

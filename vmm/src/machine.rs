@@ -1,5 +1,6 @@
 //! A machine, from its config to threads that run it. [`build`] is the order of set-up.
 
+use std::fs::File;
 use std::io;
 use std::sync::Arc;
 use std::sync::mpsc::{Sender, channel};
@@ -15,8 +16,8 @@ use crate::config::{Config, RateLimiter};
 use crate::cpu_template::{self, Template};
 use crate::devices::boot_timer::{BootTimer, Moment};
 use crate::devices::{
-    AcpiRegisters, ClockPage, Generation, I8042, SerialPort, VcpuRegisters, acpi, clock,
-    generation, i8042, serial,
+    AcpiRegisters, ClockPage, Generation, I8042, SerialOptions, SerialPort, VcpuRegisters, acpi,
+    clock, generation, i8042, serial,
 };
 use crate::ending::{End, EndSignal};
 use crate::event_loop;
@@ -220,6 +221,7 @@ pub fn build(config: &Config, resources: Resources, options: Options) -> Result<
         vsock,
         metadata,
         fs,
+        serial,
         free_huge_pages,
     } = resources;
     let max_vcpus = config.machine_config.max_vcpus();
@@ -257,7 +259,7 @@ pub fn build(config: &Config, resources: Resources, options: Options) -> Result<
     vm.set_gsi_routing(pit)?;
 
     let ends = Arc::new(EndSignal::new().map_err(host("make an eventfd"))?);
-    let mut panel = panel(config, &memory, ends, metadata)?;
+    let mut panel = panel(config, &memory, ends, metadata, serial)?;
     let cards = network::cards(config, taps, &panel.metadata)?;
     let mut devices = virtio_devices(config, drives, cards, vsock)?;
     for device in pmem {
@@ -304,7 +306,7 @@ pub fn build(config: &Config, resources: Resources, options: Options) -> Result<
         first.set_entry(&entry)?;
     }
 
-    let buses = Arc::new(buses(&panel, &devices, options)?);
+    let buses = Arc::new(buses(&mut panel, &devices, options)?);
     panel
         .metrics
         .push(Source::new("vcpu", buses.metrics.clone()));
@@ -332,6 +334,7 @@ fn panel(
     memory: &GuestMemory,
     ends: Arc<EndSignal>,
     metadata: Arc<Store>,
+    output: Option<File>,
 ) -> Result<Panel, Error> {
     let acpi = AcpiRegisters::new(Arc::clone(&ends)).map_err(host("make an eventfd"))?;
     let acpi = Arc::new(acpi);
@@ -340,10 +343,20 @@ fn panel(
         let registers = VcpuRegisters::new(machine.vcpu_count, most, Arc::clone(&acpi));
         registers.map(Arc::new).map_err(host("make an eventfd"))
     });
+    let limit = config
+        .serial
+        .as_ref()
+        .and_then(|serial| serial.rate_limiter);
+    let serial = SerialPort::new(SerialOptions {
+        output,
+        limit: limit.map(Into::into),
+    });
+    let serial = Arc::new(serial.map_err(host("make the serial port"))?);
+    let metrics = vec![Source::new("uart", serial.metrics())];
     let console = config.console.as_ref().map(|_| ConsolePanel::new());
     Ok(Panel {
         console: console.transpose()?,
-        serial: Arc::new(SerialPort::new().map_err(host("make the serial port"))?),
+        serial,
         generation: Generation::new(memory.clone(), Arc::clone(&acpi))?,
         clock: ClockPage::new(memory.clone(), Arc::clone(&acpi))?,
         acpi,
@@ -351,7 +364,7 @@ fn panel(
         metadata,
         ends,
         pmem: Vec::new(),
-        metrics: Vec::new(),
+        metrics,
     })
 }
 
@@ -410,9 +423,10 @@ fn describe(config: &Config, devices: &Attached) -> MachineDescription {
     }
 }
 
-fn buses(panel: &Panel, devices: &Attached, options: Options) -> Result<Buses, Error> {
+fn buses(panel: &mut Panel, devices: &Attached, options: Options) -> Result<Buses, Error> {
     let mut ports = Bus::new();
     let i8042 = Arc::new(I8042::new(Arc::clone(&panel.ends)));
+    panel.metrics.push(Source::new("i8042", i8042.metrics()));
     ports.insert(
         layout::COM1_PORT.into(),
         serial::WINDOW,

@@ -19,7 +19,7 @@ use casemate_broker::{
 };
 use thiserror::Error;
 
-use crate::config::{self, Config, CpuConfig, Drive};
+use crate::config::{self, Config, CpuConfig, Drive, Serial};
 use crate::lockdown::{self, Role, Stage};
 use crate::memory::{HugePages, huge};
 use crate::mmds::{self, Store};
@@ -127,6 +127,8 @@ pub struct Resources {
     pub metadata: Arc<Store>,
     /// One for each of the config's shared directories.
     pub fs: Vec<UnixStream>,
+    /// What the serial port writes to, if not standard output.
+    pub serial: Option<File>,
     /// Huge pages that the host has free, where that could be read.
     pub free_huge_pages: Option<u64>,
 }
@@ -285,6 +287,9 @@ impl Source {
         let taps = taps.collect::<Result<_, _>>()?;
         let fs = config.fs.iter().map(|fs| self.back_end(&fs.socket));
         let fs = fs.collect::<Result<_, _>>()?;
+        let serial = config.serial.as_ref().and_then(Serial::output);
+        let serial = serial.map(|path| self.append(Serial::WHAT, path));
+        let serial = serial.transpose()?;
         // The listener last: without a jail it leaves a name behind.
         let vsock = match &config.vsock {
             Some(vsock) => Some(VsockSockets {
@@ -308,6 +313,7 @@ impl Source {
             vsock,
             metadata: Arc::new(Store::new(mmds::DEFAULT_LIMIT)),
             fs,
+            serial,
             free_huge_pages,
         })
     }

@@ -18,6 +18,7 @@ mod numa;
 mod pci;
 mod pmem;
 mod runtime;
+mod serial;
 mod vhost_user;
 mod vsock;
 

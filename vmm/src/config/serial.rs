@@ -10,13 +10,16 @@ use super::TokenBucket;
 pub struct Serial {
     /// A file or pipe; standard output without it.
     pub serial_out_path: Option<String>,
-    /// How many bytes the guest may write.
+    /// How many bytes the guest may write; more are dropped.
     pub rate_limiter: Option<TokenBucket>,
 }
 
 impl Serial {
-    /// What of it this VMM does not do yet.
-    pub(super) fn unsupported(&self) -> Option<&'static str> {
-        Some("serial")
+    /// What the file or pipe is called in errors.
+    pub const WHAT: &'static str = "output of the serial port";
+
+    /// The file or pipe, if there is one.
+    pub fn output(&self) -> Option<&str> {
+        self.serial_out_path.as_deref()
     }
 }

@@ -196,8 +196,6 @@ fn knows_devices_that_another_process_works_for() {
 
 #[test]
 fn names_what_is_not_supported_yet() {
-    let extra = r#","serial":{}"#;
-    refused_with(&with(extra), &["`serial`", "not supported yet"]);
     refused_with(
         &machine(r#""vcpu_count":1,"mem_size_mib":1,"smt":true"#),
         &["smt", "not supported yet"],

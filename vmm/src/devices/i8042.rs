@@ -10,6 +10,7 @@ use vm_superio::{I8042Device, Trigger};
 
 use crate::bus::BusDevice;
 use crate::ending::{End, EndSignal};
+use crate::metrics::fields::I8042Metrics;
 
 /// Size of its window: data at 0x60, command and status at 0x64.
 pub const WINDOW: u64 = 5;
@@ -25,13 +26,17 @@ const READY: u8 = 1 << 2 | 1 << 4;
 /// Configuration: no interrupts, both ports' clocks off.
 const CONFIGURATION: u8 = 1 << 4 | 1 << 5;
 
-struct Reset(Arc<EndSignal>);
+struct Reset {
+    ends: Arc<EndSignal>,
+    metrics: Arc<I8042Metrics>,
+}
 
 impl Trigger for Reset {
     type E = Infallible;
 
     fn trigger(&self) -> Result<(), Infallible> {
-        self.0.announce(End::Reset);
+        self.metrics.reset_count.inc();
+        self.ends.announce(End::Reset);
         Ok(())
     }
 }
@@ -46,17 +51,34 @@ struct State {
 }
 
 /// The controller.
-pub struct I8042(Mutex<State>);
+pub struct I8042 {
+    state: Mutex<State>,
+    metrics: Arc<I8042Metrics>,
+}
 
 impl I8042 {
     /// One that announces a reset to `ends`.
     pub fn new(ends: Arc<EndSignal>) -> Self {
-        Self(Mutex::new(State {
-            reset: I8042Device::new(Reset(ends)),
+        let metrics = Arc::<I8042Metrics>::default();
+        let reset = Reset {
+            ends,
+            metrics: Arc::clone(&metrics),
+        };
+        let state = State {
+            reset: I8042Device::new(reset),
             configuration: CONFIGURATION,
             output: None,
             expects_configuration: false,
-        }))
+        };
+        Self {
+            state: Mutex::new(state),
+            metrics,
+        }
+    }
+
+    /// What it counts.
+    pub fn metrics(&self) -> Arc<I8042Metrics> {
+        Arc::clone(&self.metrics)
     }
 }
 
@@ -64,19 +86,22 @@ impl BusDevice for I8042 {
     fn read(&self, offset: u64, data: &mut [u8]) {
         data.fill(0);
         if let ([value], Ok(offset)) = (data, u8::try_from(offset)) {
-            let mut state = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
             *value = match offset {
                 DATA => state.output.take().unwrap_or(0),
                 COMMAND if state.output.is_some() => READY | OUTPUT_FULL,
                 COMMAND => READY,
                 _ => 0,
             };
+            self.metrics.read_count.inc();
+        } else {
+            self.metrics.missed_read_count.inc();
         }
     }
 
     fn write(&self, offset: u64, data: &[u8]) {
         if let ([value], Ok(offset)) = (data, u8::try_from(offset)) {
-            let mut state = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
             match offset {
                 DATA if state.expects_configuration => state.configuration = *value,
                 COMMAND if *value == READ_CONFIGURATION => {
@@ -87,6 +112,9 @@ impl BusDevice for I8042 {
                 }
             }
             state.expects_configuration = offset == COMMAND && *value == WRITE_CONFIGURATION;
+            self.metrics.write_count.inc();
+        } else {
+            self.metrics.missed_write_count.inc();
         }
     }
 }

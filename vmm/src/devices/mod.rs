@@ -12,7 +12,7 @@ pub use acpi::AcpiRegisters;
 pub use clock::ClockPage;
 pub use generation::Generation;
 pub use i8042::I8042;
-pub use serial::SerialPort;
+pub use serial::{SerialOptions, SerialPort};
 pub use vcpus::VcpuRegisters;
 
 use std::io;

@@ -1,13 +1,14 @@
-//! The first serial port (16550A): what the guest writes goes straight to standard output, what is typed
-//! goes into its FIFO.
+//! The first serial port (16550A): what the guest writes goes straight to standard output, or a file, and what
+//! is typed goes into its FIFO.
 //!
-//! Nothing is buffered here but the FIFO's 64 bytes. A reader of standard output that does not
+//! Nothing is buffered here but the FIFO's 64 bytes. A reader of the output that does not
 //! read makes the guest wait, at most [`STALLED`] for each byte if the descriptor is non-blocking;
 //! the control thread never waits for a vCPU that does ([`SerialPort::offer`]).
 
+use std::fs::File;
 use std::io::{self, Write};
-use std::os::fd::AsFd;
-use std::sync::{Mutex, PoisonError, TryLockError};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::{Arc, Mutex, PoisonError, TryLockError};
 
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, poll};
@@ -17,36 +18,65 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::Line;
 use crate::bus::BusDevice;
+use crate::metrics::fields::UartMetrics;
+use crate::virtio::rate_limiter::{BucketOptions, LimiterOptions, RateLimiter};
 
 /// Size of its window in ports.
 pub const WINDOW: u64 = 8;
-/// How long one byte waits for a non-blocking standard output, in milliseconds.
+/// How long one byte waits for a non-blocking output, in milliseconds.
 const STALLED: u16 = 100;
 
-/// Standard output, without the standard library's lock and buffer.
-struct Console;
+/// Where the guest's output goes, and how much of it.
+#[derive(Default)]
+pub struct SerialOptions {
+    /// A file or pipe; standard output without it.
+    pub output: Option<File>,
+    /// How many bytes the guest may write. What is beyond is dropped.
+    pub limit: Option<BucketOptions>,
+}
 
-impl Write for Console {
+/// Standard output, without the standard library's lock and buffer, or a file.
+struct Output {
+    file: Option<File>,
+    limiter: RateLimiter,
+    metrics: Arc<UartMetrics>,
+}
+
+impl Write for Output {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        let stdout = io::stdout();
-        loop {
-            match nix::unistd::write(stdout.as_fd(), bytes) {
-                Err(Errno::EINTR) => {}
-                Err(Errno::EAGAIN) => {
-                    let mut ready = [PollFd::new(stdout.as_fd(), PollFlags::POLLOUT)];
-                    match poll(&mut ready, STALLED) {
-                        Ok(0) => return Err(Errno::EAGAIN.into()),
-                        Ok(_) | Err(Errno::EINTR) => {}
-                        Err(error) => return Err(error.into()),
-                    }
-                }
-                other => return Ok(other?),
-            }
+        if self.limiter.wait().is_some() {
+            self.metrics
+                .rate_limiter_dropped_bytes
+                .add(bytes.len() as u64);
+            return Ok(bytes.len());
+        }
+        self.limiter.spend(bytes.len() as u64);
+        match &self.file {
+            Some(file) => write(file.as_fd(), bytes),
+            None => write(io::stdout().as_fd(), bytes),
         }
     }
 
     fn flush(&mut self) -> io::Result<()> {
+        self.metrics.flush_count.inc();
         Ok(())
+    }
+}
+
+fn write(fd: BorrowedFd<'_>, bytes: &[u8]) -> io::Result<usize> {
+    loop {
+        match nix::unistd::write(fd, bytes) {
+            Err(Errno::EINTR) => {}
+            Err(Errno::EAGAIN) => {
+                let mut ready = [PollFd::new(fd, PollFlags::POLLOUT)];
+                match poll(&mut ready, STALLED) {
+                    Ok(0) => return Err(Errno::EAGAIN.into()),
+                    Ok(_) | Err(Errno::EINTR) => {}
+                    Err(error) => return Err(error.into()),
+                }
+            }
+            other => return Ok(other?),
+        }
     }
 }
 
@@ -76,31 +106,47 @@ pub enum Offer {
 
 /// The port.
 pub struct SerialPort {
-    device: Mutex<Serial<Line, Room, Console>>,
+    device: Mutex<Serial<Line, Room, Output>>,
     interrupt: EventFd,
     room: EventFd,
+    metrics: Arc<UartMetrics>,
 }
 
 impl SerialPort {
-    /// A port that writes to standard output.
+    /// A port that writes where `options` say.
     ///
     /// # Errors
     /// When the kernel gives no eventfd.
-    pub fn new() -> io::Result<Self> {
+    pub fn new(options: SerialOptions) -> io::Result<Self> {
+        let metrics = Arc::<UartMetrics>::default();
+        let output = Output {
+            file: options.output,
+            limiter: RateLimiter::new(LimiterOptions {
+                bandwidth: options.limit,
+                ops: None,
+            }),
+            metrics: Arc::clone(&metrics),
+        };
         let line = Line::new()?;
         let interrupt = line.try_clone()?;
         let room = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
         let events = Room(room.try_clone()?);
         Ok(Self {
-            device: Mutex::new(Serial::with_events(line, events, Console)),
+            device: Mutex::new(Serial::with_events(line, events, output)),
             interrupt,
             room,
+            metrics,
         })
     }
 
     /// Its interrupt.
     pub fn interrupt(&self) -> &EventFd {
         &self.interrupt
+    }
+
+    /// What it counts.
+    pub fn metrics(&self) -> Arc<UartMetrics> {
+        Arc::clone(&self.metrics)
     }
 
     /// Readable when the FIFO has become empty.
@@ -130,14 +176,22 @@ impl BusDevice for SerialPort {
         if let ([value], Ok(offset)) = (data, u8::try_from(offset)) {
             let mut device = self.device.lock().unwrap_or_else(PoisonError::into_inner);
             *value = device.read(offset);
+            self.metrics.read_count.inc();
+        } else {
+            self.metrics.missed_read_count.inc();
         }
     }
 
     fn write(&self, offset: u64, data: &[u8]) {
         if let ([value], Ok(offset)) = (data, u8::try_from(offset)) {
             let mut device = self.device.lock().unwrap_or_else(PoisonError::into_inner);
+            self.metrics.write_count.inc();
             // A byte that nobody takes is lost, as on a real line. The guest is not told.
-            let _ = device.write(offset, *value);
+            if device.write(offset, *value).is_err() {
+                self.metrics.error_count.inc();
+            }
+        } else {
+            self.metrics.missed_write_count.inc();
         }
     }
 }
@@ -159,7 +213,7 @@ mod tests {
 
     #[test]
     fn input_stops_at_a_full_fifo_and_goes_on_when_it_is_empty() {
-        let port = SerialPort::new().unwrap();
+        let port = SerialPort::new(SerialOptions::default()).unwrap();
         port.write(IER, &[1]);
         assert_eq!(port.offer(&[7; 100]), Offer::Taken(64));
         assert_eq!(port.offer(&[7; 36]), Offer::Full);
@@ -175,7 +229,7 @@ mod tests {
 
     #[test]
     fn input_waits_while_the_line_is_looped_back() {
-        let port = SerialPort::new().unwrap();
+        let port = SerialPort::new(SerialOptions::default()).unwrap();
         port.write(MCR, &[0x10]);
         assert_eq!(port.offer(b"x"), Offer::Busy);
         // A guest can fill the FIFO by itself that way, and no more than the FIFO.
@@ -187,8 +241,29 @@ mod tests {
     }
 
     #[test]
+    fn output_goes_to_a_file_up_to_a_limit() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let port = SerialPort::new(SerialOptions {
+            output: Some(file.reopen().unwrap()),
+            limit: Some(BucketOptions {
+                size: 3,
+                one_time_burst: 2,
+                refill_time: std::time::Duration::from_secs(3600),
+            }),
+        })
+        .unwrap();
+        for byte in b"hello, world" {
+            port.write(DATA, &[*byte]);
+        }
+        assert_eq!(std::fs::read(file.path()).unwrap(), b"hello");
+        let metrics = port.metrics();
+        assert_eq!(metrics.write_count.total(), 12);
+        assert_eq!(metrics.rate_limiter_dropped_bytes.total(), 7);
+    }
+
+    #[test]
     fn odd_widths_and_offsets_do_nothing() {
-        let port = SerialPort::new().unwrap();
+        let port = SerialPort::new(SerialOptions::default()).unwrap();
         let mut data = [0xff; 4];
         port.read(0, &mut data);
         assert_eq!(data, [0; 4]);

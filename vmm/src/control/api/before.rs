@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use super::action::{Action, BalloonAction};
 use super::{Desk, Fault, Reply};
-use crate::config::{Config, CpuConfig};
+use crate::config::{Config, CpuConfig, Serial};
 use crate::control::observe;
 use crate::devices::boot_timer::Moment;
 use crate::machine::{self, RunningMachine};
@@ -68,7 +68,12 @@ impl Desk {
             }
             Action::PutVsock(vsock) => self.change(|config| config.vsock = Some(vsock))?,
             Action::PutEntropy(entropy) => self.change(|config| config.entropy = Some(entropy))?,
-            Action::PutSerial(serial) => self.change(|config| config.serial = Some(serial))?,
+            Action::PutSerial(serial) => {
+                if let Some(path) = serial.output() {
+                    self.source.append(Serial::WHAT, path)?;
+                }
+                self.change(|config| config.serial = Some(serial))?;
+            }
             Action::PutBalloon(balloon) => self.change(|config| config.balloon = Some(balloon))?,
             Action::PutMemoryHotplug(memory) => self.change(|config| {
                 config.memory_hotplug = Some(memory);
