@@ -260,7 +260,7 @@ pub fn build(config: &Config, resources: Resources, options: Options) -> Result<
 
     let ends = Arc::new(EndSignal::new().map_err(host("make an eventfd"))?);
     let mut panel = panel(config, &memory, ends, metadata, serial)?;
-    let cards = network::cards(config, taps, &panel.metadata)?;
+    let cards = network::cards(config, taps, &panel.metadata, &mut panel.metrics)?;
     let mut devices = virtio_devices(config, drives, cards, vsock)?;
     for device in pmem {
         panel.pmem.push(Arc::clone(device.file()));

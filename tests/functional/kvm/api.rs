@@ -429,3 +429,41 @@ fn metrics_and_log_go_where_requests_say() {
     assert!(said.contains(":INFO] kernel:"), "{said}");
     machine.kill();
 }
+
+#[test]
+fn requests_and_what_devices_move_are_counted() {
+    let vm = Vm::probe("probe.task=blk").unjailed();
+    let (disk, lines) = (vm.path("disk"), tempfile::NamedTempFile::new().unwrap());
+    pattern_disk(&disk, 64).unwrap();
+    let config = vm.config().clone();
+    let mut machine = Machine::new(vm);
+    machine.describe(&config);
+    machine
+        .put("/metrics", json!({ "metrics_path": lines.path() }))
+        .assert_done();
+    machine
+        .put(
+            "/drives/none",
+            json!({ "drive_id": "none", "path_on_host": "/nonexistent", "is_root_device": false }),
+        )
+        .assert_refused("/nonexistent");
+    let drive = json!({ "drive_id": "data", "path_on_host": disk, "is_root_device": false });
+    machine.put("/drives/data", drive).assert_done();
+    machine.start();
+    machine.vm.wait().unwrap().assert_line("probe: blk ok");
+    let lines = std::fs::read_to_string(lines.path()).unwrap();
+    let line: Value = serde_json::from_str(lines.lines().last().unwrap()).unwrap();
+    assert_eq!(line["put_api_requests"]["drive_count"], 2, "{line}");
+    assert_eq!(line["put_api_requests"]["drive_fails"], 1, "{line}");
+    for (section, counter) in [
+        ("block", "read_bytes"),
+        ("block_data", "read_count"),
+        ("uart", "write_count"),
+        ("i8042", "reset_count"),
+    ] {
+        assert!(
+            line[section][counter].as_u64() > Some(0),
+            "{section}.{counter}: {line}"
+        );
+    }
+}

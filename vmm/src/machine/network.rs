@@ -5,13 +5,14 @@ use std::sync::Arc;
 
 use super::{Error, limits};
 use crate::config::{Config, MmdsConfig, MmdsVersion};
+use crate::metrics::Source;
 use crate::mmds::{self, Service, ServiceOptions, Stack, Store};
 use crate::virtio::{Net, NetOptions};
 
 /// What a driver sends that was not told an MTU.
 const USUAL_MTU: u16 = 1500;
 
-/// The cards of `config`, each on its tap's queues.
+/// The cards of `config`, each on its tap's queues. What the metadata service counts joins `metrics`.
 ///
 /// # Errors
 /// When a tap is not as it must be, or the host gives no random bytes.
@@ -19,9 +20,11 @@ pub fn cards(
     config: &Config,
     taps: Vec<Vec<File>>,
     metadata: &Arc<Store>,
+    metrics: &mut Vec<Source>,
 ) -> Result<Vec<Net>, Error> {
     let mmds = config.mmds_config.as_ref();
     let service = mmds.map(|mmds| service(mmds, metadata)).transpose()?;
+    metrics.extend(service.as_deref().map(Service::metrics));
     let mut cards = Vec::with_capacity(taps.len());
     for (network, taps) in config.network_interfaces.iter().zip(taps) {
         let leads_there =
@@ -31,6 +34,7 @@ pub fn cards(
             Stack::new(Arc::clone(service), mtu).map_err(Error::Metadata)
         };
         let card = Net::new(NetOptions {
+            id: network.iface_id.clone(),
             taps,
             mac: network.guest_mac.map(|mac| mac.0),
             mtu: network.mtu,

@@ -21,7 +21,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-pub use reporter::{Options, Reporter};
+pub use reporter::{Api, Options, Reporter};
 
 /// How often a line is written.
 pub const INTERVAL: Duration = Duration::from_secs(60);

@@ -8,6 +8,8 @@ use std::time::Instant;
 use super::http::{Method, Request, Response, StatusCode};
 use super::store::{Format, NotShown, Store, show};
 use super::token::{LIFETIMES, Tokens};
+use crate::metrics::Source;
+use crate::metrics::fields::MmdsMetrics;
 
 /// Where tokens are made.
 const TOKEN_PATH: [&str; 3] = ["latest", "api", "token"];
@@ -39,6 +41,8 @@ pub struct ServiceOptions {
 pub struct Service {
     options: ServiceOptions,
     tokens: Tokens,
+    /// What it counts.
+    pub(super) metrics: Arc<MmdsMetrics>,
 }
 
 impl Service {
@@ -50,6 +54,7 @@ impl Service {
         Ok(Self {
             options,
             tokens: Tokens::new()?,
+            metrics: Arc::default(),
         })
     }
 
@@ -58,20 +63,29 @@ impl Service {
         self.options.address
     }
 
+    /// What it counts, for the metrics.
+    pub fn metrics(&self) -> Source {
+        Source::new("mmds", self.metrics.clone())
+    }
+
     /// Answers a request.
     pub(super) fn answer(&self, request: &Request<'_>, now: Instant) -> Response {
         match (request.method, self.options.version) {
             (Method::Get, Version::V1) => self.show(request),
             (Method::Get, Version::V2) => match request.token {
                 Some(token) if self.tokens.is_good(token, now) => self.show(request),
-                Some(_) => Response::text(
-                    StatusCode::Unauthorized,
-                    "the session token is wrong or has expired",
-                ),
-                None => Response::text(
-                    StatusCode::Unauthorized,
-                    "no session token: PUT /latest/api/token makes one, for a header X-metadata-token",
-                ),
+                Some(_) => {
+                    self.metrics.rx_invalid_token.inc();
+                    let why = "the session token is wrong or has expired";
+                    Response::text(StatusCode::Unauthorized, why)
+                }
+                None => {
+                    self.metrics.rx_no_token.inc();
+                    Response::text(
+                        StatusCode::Unauthorized,
+                        "no session token: PUT /latest/api/token makes one, for a header X-metadata-token",
+                    )
+                }
             },
             (Method::Put, _) => self.make_token(request, now),
             (Method::Other, _) => Response {

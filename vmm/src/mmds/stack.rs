@@ -111,7 +111,10 @@ impl Stack {
     /// Takes a frame from the guest, of `len` bytes, which `copy` copies. It may be lost, as frames
     /// may be.
     pub fn receive(&mut self, len: usize, copy: impl FnOnce(&mut [u8]) -> bool, now: Instant) {
+        let metrics = &self.service.metrics;
+        metrics.rx_count.inc();
         if len > MAX_INCOMING {
+            metrics.rx_accepted_unusual.inc();
             return;
         }
         let frame = &mut self.wire.incoming;
@@ -119,9 +122,12 @@ impl Stack {
         frame.resize(len, 0);
         // As a copy it is looked at again: the guest may have changed it since.
         if copy(frame) && is_for_tcp(&self.wire.incoming) && self.wants(&self.wire.incoming) {
+            metrics.rx_accepted.inc();
             let now_there = self.time(now);
             self.interface
                 .poll_ingress_single(now_there, &mut self.wire, &mut self.sockets);
+        } else {
+            metrics.rx_accepted_unusual.inc();
         }
         self.wire.incoming.clear();
         self.go_on(now);
@@ -134,7 +140,12 @@ impl Stack {
 
     /// The guest has it.
     pub fn sent(&mut self) {
-        self.wire.outgoing.pop_front();
+        if let Some(frame) = self.wire.outgoing.pop_front() {
+            let metrics = &self.service.metrics;
+            metrics.tx_count.inc();
+            metrics.tx_frames.inc();
+            metrics.tx_bytes.add(frame.len() as u64);
+        }
     }
 
     /// Does what is to be done by `now`: after frames were sent, and when [`Stack::next_turn`] says.

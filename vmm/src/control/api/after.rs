@@ -3,12 +3,12 @@
 //! The control thread asks the device thread and waits for its answer, which takes a bounded time. The config
 //! that is shown follows what was changed.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde_json::json;
 
 use super::action::{Action, DriveUpdate, NetworkInterfaceUpdate};
-use super::{Desk, Fault, Reply};
+use super::{Desk, Fault, Reply, counting};
 use crate::config::RateLimiter;
 use crate::machine::RunningMachine;
 use crate::machine::devices::DeviceName;
@@ -31,10 +31,16 @@ impl Desk {
             return Ok(reply);
         }
         match action {
-            Action::Pause => self.pause(machine)?,
+            Action::Pause => {
+                let start = Instant::now();
+                self.pause(machine)?;
+                counting::state_changed(&metrics.api, true, start);
+            }
             Action::Resume => {
+                let start = Instant::now();
                 machine.resume();
                 self.paused = false;
+                counting::state_changed(&metrics.api, false, start);
             }
             Action::PatchDrive(update) => self.patch_drive(machine, update)?,
             Action::PatchNetworkInterface(update) => self.patch_card(machine, update)?,

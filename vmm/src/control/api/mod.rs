@@ -9,6 +9,7 @@ mod after;
 mod balloon;
 mod before;
 mod connection;
+mod counting;
 mod fault;
 pub mod http;
 mod memory;
@@ -193,7 +194,10 @@ impl Desk {
         debug!("API: {} {path}", method.name());
         let route = match routes::route(method, path, &request.body) {
             Ok(route) => route,
-            Err(error) => return Fault::from(error).response(),
+            Err(error) => {
+                counting::count(&metrics.api, method, path, true);
+                return Fault::from(error).response();
+            }
         };
         // Another client may have started it in this very turn.
         let mut started = self.started.take();
@@ -204,6 +208,10 @@ impl Desk {
         };
         if started.is_some() {
             self.started = started;
+        }
+        counting::count(&metrics.api, method, path, result.is_err());
+        if route.deprecated {
+            metrics.api.deprecated.deprecated_http_api_calls.inc();
         }
         let mut response = match result {
             Ok(Reply::Done) => Response::done(),

@@ -49,6 +49,46 @@ fn request(rig: &mut Rig<Block>, kind: u32, sector: u64, data: &[(u64, u32, bool
 }
 
 #[test]
+fn counts_what_it_moves() {
+    for engine in [Engine::Sync, Engine::Async] {
+        let mut rig = rig(BlockOptions {
+            engine,
+            ..options(8)
+        });
+        let metrics = Arc::clone(&rig.device.disk.metrics);
+        for (kind, len, device_writes) in [
+            (T_IN, 1024, true),
+            (T_OUT, 512, false),
+            (T_FLUSH, 0, true),
+            (99, 0, true),
+        ] {
+            let data = [(BUFFER, len, device_writes)];
+            let data = data.get(..usize::from(len > 0)).unwrap();
+            let header = [&u32::to_le_bytes(kind)[..], &[0; 12]].concat();
+            let driver = &mut rig.drivers[0];
+            driver.put(DATA, &header);
+            let buffers = [&[(DATA, 16, false)], data, &[(STATUS, 1, true)]].concat();
+            driver.add(&buffers);
+            rig.kick(0);
+            rig.device.stop();
+            rig = Rig::new(rig.device);
+        }
+        let totals = [
+            (&metrics.read_count, 1),
+            (&metrics.read_bytes, 1024),
+            (&metrics.write_count, 1),
+            (&metrics.write_bytes, 512),
+            (&metrics.flush_count, 1),
+            (&metrics.invalid_reqs_count, 1),
+            (&metrics.execute_fails, 0),
+        ];
+        for (place, (counter, total)) in totals.into_iter().enumerate() {
+            assert_eq!(counter.total(), total, "{engine:?}, {place}");
+        }
+    }
+}
+
+#[test]
 fn reads_into_scattered_buffers() {
     let mut rig = rig(options(8));
     let data = [(BUFFER, 100, true), (BUFFER + 0x1000, 924, true)];

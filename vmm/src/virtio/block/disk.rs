@@ -11,9 +11,11 @@ use vm_memory::Permissions;
 use super::discard::{Kind, Range};
 use super::layer::Layer;
 use super::request::{Abilities, HEADER_LEN, Request};
+use super::work::Work;
 use super::{ID_LEN, S_IOERR};
 use crate::memory::GuestMemory;
 use crate::memory::iovec::{IoVecBuffer, IoVecs, Segment};
+use crate::metrics::fields::BlockMetrics;
 use crate::virtio::chain::Chain;
 use crate::virtio::device::LogBudget;
 
@@ -82,6 +84,8 @@ pub struct Disk {
     pub store: Store,
     /// How much was said of what failed.
     pub failures: LogBudget,
+    /// What it counts.
+    pub metrics: Arc<BlockMetrics>,
 }
 
 impl Disk {
@@ -94,7 +98,8 @@ impl Disk {
         chain: &Chain,
         room: u64,
     ) -> Result<u64, u8> {
-        let request = Request::parse(memory, chain, room, self.abilities)?;
+        let request = self.parse(memory, chain, room)?;
+        let work = Work::begin(&request);
         let written = match request {
             Request::Read { len, .. } => len,
             Request::Id => ID_LEN as u64,
@@ -102,7 +107,17 @@ impl Disk {
         };
         self.perform(request, pieces, memory, chain)
             .map_err(|error| self.failed(&error))?;
+        work.end(&self.metrics);
         Ok(written)
+    }
+
+    /// The request in `chain`, checked.
+    ///
+    /// # Errors
+    /// The status of a request that is not served.
+    pub fn parse(&self, memory: &GuestMemory, chain: &Chain, room: u64) -> Result<Request, u8> {
+        let request = Request::parse(memory, chain, room, self.abilities);
+        request.inspect_err(|_| self.metrics.invalid_reqs_count.inc())
     }
 
     fn perform(
@@ -133,6 +148,7 @@ impl Disk {
 
     /// The status of a request that the host refused.
     pub fn failed(&mut self, error: &io::Error) -> u8 {
+        self.metrics.execute_fails.inc();
         let hint = match (&self.store, error.kind()) {
             (Store::Layered(_), io::ErrorKind::StorageFull) => {
                 " (the drive's layer holds all that it may: `copy_on_write.size_mib`)"

@@ -8,6 +8,7 @@ pub(in crate::virtio) mod lock;
 mod options;
 mod request;
 mod ring;
+mod work;
 
 use std::fs::File;
 use std::io;
@@ -24,6 +25,7 @@ use self::layer::Layer;
 pub use self::options::{BlockOptions, CacheType, Engine, Error, LayerOptions};
 use self::request::{Abilities, HEADER_LEN, Request};
 use self::ring::{Job, Ring, Ticket};
+use self::work::Work;
 use super::chain::{self, Chain};
 use super::config_space::ConfigSpace;
 use super::device::{
@@ -35,6 +37,7 @@ use super::update::{Answer, Update, UpdateError};
 use crate::event_loop::EventSet;
 use crate::memory::GuestMemory;
 use crate::memory::iovec::IoVecBuffer;
+use crate::metrics::Source;
 
 /// Most queues of a drive.
 pub const MAX_QUEUES: u16 = 8;
@@ -138,6 +141,7 @@ impl Block {
                 },
                 store,
                 failures: LogBudget::default(),
+                metrics: Arc::default(),
             },
             id,
             config: ConfigSpace::new(config(image.sectors, queues)),
@@ -159,12 +163,16 @@ impl Block {
         let Some(Some(queue)) = queues.get_mut(usize::from(index)) else {
             return Ok(Progress::Done);
         };
+        let metrics = Arc::clone(&self.disk.metrics);
+        metrics.queue_event_count.inc();
         let mut bytes: u64 = 0;
         let mut progress = queue.process(&io.memory, io.signal.as_ref(), BUDGET, |chain| {
             if let Some(at) = self.limiter.wait() {
+                metrics.rate_limiter_throttled_events.inc();
                 return Ok(Verdict::Later(at));
             }
             if self.ring.as_ref().is_some_and(|ring| !ring.has_room()) {
+                metrics.io_engine_throttled_events.inc();
                 self.starved |= 1 << index;
                 return Ok(Verdict::Keep);
             }
@@ -366,12 +374,21 @@ impl VirtioDevice for Block {
         }
     }
 
+    fn metrics(&self) -> Option<Source> {
+        let metrics = Arc::clone(&self.disk.metrics);
+        Some(Source::device("block", self.id.clone(), metrics))
+    }
+
     fn update(&mut self, update: Update) -> Result<Answer, UpdateError> {
         match update {
             Update::Limits(limits) => self.limiter.update(limits),
-            Update::File(file) => self.replace(file)?,
+            Update::File(file) => {
+                let replaced = self.replace(file);
+                replaced.inspect_err(|_| self.disk.metrics.update_fails.inc())?;
+            }
             other => return Err(UpdateError::NotThisDevice(other.name())),
         }
+        self.disk.metrics.update_count.inc();
         Ok(Answer::Done)
     }
 }
@@ -421,20 +438,24 @@ fn begin(
     let status = chain
         .writable_address(room)
         .ok_or(chain::Error::TooShort { head: chain.head() })?;
+    let request = match disk.parse(memory, chain, room) {
+        Err(status) => return end(memory, chain, room, Err(status)).map(Some),
+        Ok(request) => request,
+    };
     let mut ticket = Ticket {
         queue,
         head: chain.head(),
         status,
         written: 0,
+        work: Work::begin(&request),
     };
-    let job = match Request::parse(memory, chain, room, disk.abilities) {
-        Err(status) => return end(memory, chain, room, Err(status)).map(Some),
-        Ok(Request::Id) => {
+    let job = match request {
+        Request::Id => {
             let answer = chain.write_at(memory, 0, &disk.id);
             let answer = answer.map(|()| ID_LEN as u64).map_err(|_| S_IOERR);
             return end(memory, chain, room, answer).map(Some);
         }
-        Ok(Request::Read { offset, len }) => {
+        Request::Read { offset, len } => {
             // At most `MAX_TRANSFER`.
             ticket.written = len as u32;
             Job::Read {
@@ -443,14 +464,14 @@ fn begin(
                 len,
             }
         }
-        Ok(Request::Write { offset, len }) => Job::Write {
+        Request::Write { offset, len } => Job::Write {
             segments: chain.readable(),
             skip: HEADER_LEN,
             offset,
             len,
         },
-        Ok(Request::Flush) => Job::Sync,
-        Ok(Request::Deallocate { kind, ranges }) => Job::Deallocate { kind, ranges },
+        Request::Flush => Job::Sync,
+        Request::Deallocate { kind, ranges } => Job::Deallocate { kind, ranges },
     };
     match ring.push(job, ticket) {
         Ok(()) => Ok(None),
@@ -497,7 +518,10 @@ fn complete(
     result: io::Result<()>,
 ) -> Result<(), queue::Error> {
     let (status, written) = match result {
-        Ok(()) => (S_OK, ticket.written),
+        Ok(()) => {
+            ticket.work.end(&disk.metrics);
+            (S_OK, ticket.written)
+        }
         Err(error) => (disk.failed(&error), 0),
     };
     // The address was checked when the chain was taken, and guest memory does not go away.

@@ -25,6 +25,8 @@ use vm_memory::{GuestAddress, Permissions};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::discard::{Kind, Range};
+use super::request::Request;
+use super::work::Work;
 use crate::memory::GuestMemory;
 use crate::memory::iovec::{self, IoVecBuffer, Segment};
 
@@ -48,6 +50,8 @@ pub struct Ticket {
     pub status: GuestAddress,
     /// How many bytes before the status are written if it succeeds.
     pub written: u32,
+    /// What it is.
+    pub work: Work,
 }
 
 /// What the kernel is asked to do.
@@ -139,6 +143,7 @@ impl Ring {
                 head: 0,
                 status: GuestAddress(0),
                 written: 0,
+                work: Work::begin(&Request::Flush),
             },
             pieces: IoVecBuffer::default(),
         };

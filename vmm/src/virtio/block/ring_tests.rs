@@ -7,6 +7,7 @@ fn ticket() -> Ticket {
         head: 0,
         status: GuestAddress(0),
         written: 0,
+        work: Work::begin(&Request::Flush),
     }
 }
 

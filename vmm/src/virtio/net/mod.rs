@@ -9,6 +9,7 @@ use std::fs::File;
 use std::io::{self, Read as _};
 use std::os::fd::AsFd as _;
 use std::sync::Arc;
+use std::time::Instant;
 
 use log::debug;
 use thiserror::Error;
@@ -27,6 +28,8 @@ use super::update::{Answer, Update, UpdateError};
 use crate::event_loop::{EventSet, Registrar};
 use crate::memory::GuestMemory;
 use crate::memory::iovec::IoVecBuffer;
+use crate::metrics::Source;
+use crate::metrics::fields::NetMetrics;
 use crate::mmds::Stack;
 
 mod control;
@@ -56,6 +59,8 @@ const MIN_PACKET: usize = HEADER_LEN + 14;
 
 /// A network card.
 pub struct NetOptions {
+    /// Its name, for the metrics.
+    pub id: String,
     /// The queues of a tap opened with `IFF_TAP | IFF_NO_PI | IFF_VNET_HDR`, and with
     /// `IFF_MULTI_QUEUE` if there are more than one: 1 to [`MAX_PAIRS`].
     pub taps: Vec<File>,
@@ -84,6 +89,8 @@ pub enum Error {
 
 /// The network card.
 pub struct Net {
+    id: String,
+    metrics: Arc<NetMetrics>,
     taps: Vec<File>,
     mac: Option<[u8; 6]>,
     mtu: Option<u16>,
@@ -105,6 +112,7 @@ struct Running {
     control: Option<usize>,
     /// Pairs in use: so many of the taps are watched.
     pairs: usize,
+    metrics: Arc<NetMetrics>,
 }
 
 impl Net {
@@ -131,6 +139,8 @@ impl Net {
             tap::use_queue(tap, false).map_err(Error::Tap)?;
         }
         Ok(Self {
+            id: options.id,
+            metrics: Arc::default(),
             taps,
             mac,
             mtu,
@@ -168,6 +178,7 @@ impl Net {
             receivers: self.taps.iter().map(|_| Receiver::new(merge)).collect(),
             control,
             pairs: 1,
+            metrics: Arc::clone(&self.metrics),
         });
         Ok(())
     }
@@ -271,6 +282,9 @@ impl VirtioDevice for Net {
             return Ok(Progress::Done);
         };
         let taps = &self.taps;
+        if matches!(event, Event::Ready { .. }) {
+            self.metrics.rx_tap_event_count.inc();
+        }
         let mut detour = self.detour.as_mut();
         let progress = match running.work(event) {
             Work::Control => running.control(taps)?,
@@ -292,6 +306,11 @@ impl VirtioDevice for Net {
             }
         };
         Ok(progress.or(detour.map_or(Progress::Done, Detour::tick)))
+    }
+
+    fn metrics(&self) -> Option<Source> {
+        let metrics = Arc::clone(&self.metrics);
+        Some(Source::device("net", self.id.clone(), metrics))
     }
 
     fn update(&mut self, update: Update) -> Result<Answer, UpdateError> {
@@ -337,19 +356,23 @@ impl Running {
         let (Some([_, Some(queue)]), Some(tap)) = (queue, tap) else {
             return Ok(Progress::Done);
         };
-        let memory = &self.io.memory;
+        let (memory, metrics) = (&self.io.memory, &self.metrics);
+        metrics.tx_queue_event_count.inc();
+        metrics.tx_count.inc();
         let progress = queue.process(memory, self.io.signal.as_ref(), BUDGET, |chain| {
             if let Some(at) = limiter.wait() {
+                metrics.tx_rate_limiter_throttled.inc();
                 return Ok(Verdict::Later(at));
             }
             let len = chain.readable_len();
             if len < MIN_PACKET as u64 || len > MAX_PACKET as u64 {
+                metrics.tx_malformed_frames.inc();
                 debug!("net: the guest sends {len} bytes, which is no frame");
             } else if !detour
                 .as_deref_mut()
                 .is_some_and(|detour| detour.take(memory, chain, len))
             {
-                send(tap, pieces, memory, chain);
+                send(tap, pieces, memory, chain, metrics);
             }
             limiter.spend(len.saturating_sub(HEADER_LEN as u64));
             Ok(Verdict::Used(0))
@@ -370,11 +393,13 @@ impl Running {
         let (Some([Some(queue), ..]), Some(receiver)) = (queue, receiver) else {
             return Ok(Progress::Done);
         };
-        let memory = &self.io.memory;
+        let (memory, metrics) = (&self.io.memory, &self.metrics);
+        metrics.rx_count.inc();
         let mut progress = Progress::More;
         for _ in 0..BUDGET {
             if receiver.waiting().is_none() {
                 if let Some(at) = limiter.wait() {
+                    metrics.rx_rate_limiter_throttled.inc();
                     progress = Progress::Later(at);
                     break;
                 }
@@ -388,6 +413,9 @@ impl Running {
                     (None, Some(tap)) => receiver.read(tap, queue, memory)?,
                     (None, None) => Read::Empty,
                 };
+                if got == Read::NoRoom {
+                    metrics.no_rx_avail_buffer.inc();
+                }
                 // The driver rings when it has room, the tap when it has frames.
                 if got != Read::Frame {
                     progress = Progress::Done;
@@ -396,8 +424,13 @@ impl Running {
             }
             let len = receiver.waiting().unwrap_or(0);
             match receiver.deliver(queue, memory)? {
-                Delivery::Gone => limiter.spend(len as u64),
+                Delivery::Gone => {
+                    metrics.rx_packets_count.inc();
+                    metrics.rx_bytes_count.add(len as u64);
+                    limiter.spend(len as u64);
+                }
                 Delivery::NoRoom => {
+                    metrics.no_rx_avail_buffer.inc();
                     progress = Progress::Done;
                     break;
                 }
@@ -458,14 +491,29 @@ impl Running {
 
 /// Sends a frame. One that the host does not take is lost, as frames may be: the driver's queue
 /// goes on.
-fn send(tap: &File, pieces: &mut IoVecBuffer, memory: &GuestMemory, chain: &Chain) {
+fn send(
+    tap: &File,
+    pieces: &mut IoVecBuffer,
+    memory: &GuestMemory,
+    chain: &Chain,
+    metrics: &NetMetrics,
+) {
     let len = chain.readable_len();
+    let start = Instant::now();
     let sent = pieces
         .fill(memory, chain.readable(), 0, len, Permissions::Read)
         .map_err(io::Error::other)
         .and_then(|frame| frame.write(tap.as_fd()));
     if let Err(error) = sent {
+        metrics.tx_fails.inc();
+        metrics.tap_write_fails.inc();
         debug!("net: a frame from the guest is lost: {error}");
+    } else {
+        metrics.tx_packets_count.inc();
+        metrics
+            .tx_bytes_count
+            .add(len.saturating_sub(HEADER_LEN as u64));
+        metrics.tap_write_agg.record(start);
     }
 }
 

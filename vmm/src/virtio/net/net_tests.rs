@@ -33,6 +33,8 @@ impl VirtioDevice for Fake {
 
 fn card(tap: File) -> Net {
     Net {
+        id: "eth0".to_owned(),
+        metrics: Arc::default(),
         taps: vec![tap],
         mac: Some([2, 0, 0, 0, 0, 7]),
         mtu: Some(1400),
@@ -86,6 +88,9 @@ fn sends_frames_from_scattered_buffers() {
     assert_eq!(peer.read(&mut data).unwrap(), 72);
     assert_eq!(data[..72], packet);
     assert_eq!(rig.drivers[1].used(), Some((0, 0)));
+    let metrics = &rig.device.0.metrics;
+    assert_eq!(metrics.tx_packets_count.total(), 1);
+    assert_eq!(metrics.tx_bytes_count.total(), 60);
 }
 
 #[test]
@@ -225,15 +230,21 @@ fn offers_what_it_is_configured_for() {
 
 #[test]
 fn what_is_no_tap_is_refused() {
-    let options = NetOptions {
-        taps: vec![File::open("/dev/null").unwrap()],
+    let options = options(vec![File::open("/dev/null").unwrap()]);
+    assert!(matches!(Net::new(options), Err(Error::Tap(_))));
+}
+
+/// A card without anything that is not asked for.
+fn options(taps: Vec<File>) -> NetOptions {
+    NetOptions {
+        id: "eth0".to_owned(),
+        taps,
         mac: None,
         mtu: None,
         rx_limits: LimiterOptions::default(),
         tx_limits: LimiterOptions::default(),
         mmds: None,
-    };
-    assert!(matches!(Net::new(options), Err(Error::Tap(_))));
+    }
 }
 
 /// A real tap, in a network namespace of its own. Making one needs privileges, which the other
@@ -248,15 +259,7 @@ fn a_real_tap_takes_every_offload() {
         nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNET).unwrap();
         assert!(tap::prepare(&tap::create("test0", 0), 12, false).is_err());
         let tap = tap::create("test1", libc::IFF_VNET_HDR);
-        let net = Net::new(NetOptions {
-            taps: vec![tap.try_clone().unwrap()],
-            mac: None,
-            mtu: None,
-            rx_limits: LimiterOptions::default(),
-            tx_limits: LimiterOptions::default(),
-            mmds: None,
-        })
-        .unwrap();
+        let net = Net::new(options(vec![tap.try_clone().unwrap()])).unwrap();
         assert_eq!(net.traits().features & F_MAC, 0);
         let status = nix::fcntl::fcntl(&tap, nix::fcntl::FcntlArg::F_GETFL).unwrap();
         assert_ne!(status & libc::O_NONBLOCK, 0);
@@ -285,16 +288,11 @@ fn the_driver_chooses_how_many_pairs_it_uses() {
         let taps: Vec<File> = (0..3).map(|_| tap::create("test2", flags)).collect();
         let is_used = |tap: &File| tap::use_queue(tap, true).is_err();
         let watches: Vec<File> = taps.iter().map(|tap| tap.try_clone().unwrap()).collect();
-        let card = |taps| NetOptions {
-            taps,
-            mac: None,
-            mtu: None,
-            rx_limits: LimiterOptions::default(),
-            tx_limits: LimiterOptions::default(),
-            mmds: None,
-        };
-        assert!(matches!(Net::new(card(Vec::new())), Err(Error::Queues(0))));
-        let net = Net::new(card(taps)).unwrap();
+        assert!(matches!(
+            Net::new(options(Vec::new())),
+            Err(Error::Queues(0))
+        ));
+        let net = Net::new(options(taps)).unwrap();
         assert_eq!(net.traits().queue_sizes.len(), 7);
         assert_eq!(net.config().bytes()[8..10], [3, 0]);
         let mut rig = Rig::with(net, !EVENT_IDX, 16);

@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, VecDeque};
 use std::io;
 use std::os::unix::net::{UnixListener, UnixStream};
+use std::sync::Arc;
 
 use log::{debug, log, warn};
 
@@ -11,6 +12,7 @@ use super::connector::Connector;
 use super::handshake::{self, Handshake};
 use super::packet::Header;
 use crate::event_loop::{self, EventSet, Registrar};
+use crate::metrics::fields::VsockMetrics;
 use crate::virtio::device::LogBudget;
 use crate::virtio::queue::Progress;
 
@@ -71,6 +73,8 @@ pub struct Hub {
     next_key: u32,
     next_port: u32,
     failures: LogBudget,
+    /// What it counts.
+    pub(super) metrics: Arc<VsockMetrics>,
 }
 
 impl Hub {
@@ -95,6 +99,7 @@ impl Hub {
             next_key: FIRST_STREAM,
             next_port: FIRST_HOST_PORT,
             failures: LogBudget::default(),
+            metrics: Arc::default(),
         }
     }
 
@@ -243,6 +248,7 @@ impl Hub {
                 match room.and_then(|buffer| Some((self.new_port(port)?, buffer))) {
                     Some((ports, buffer)) => {
                         let connection = Connection::from_host(stream, key, buffer);
+                        self.metrics.conns_added.inc();
                         self.connections.insert(ports, connection);
                         self.streams.insert(key, Stream::Connection(ports));
                         self.enqueue(ports);
@@ -331,6 +337,7 @@ impl Hub {
 
     /// Ends a connection and tells the guest.
     pub(super) fn reset(&mut self, events: &Registrar, ports: Ports) {
+        self.metrics.conns_killed.inc();
         self.remove(events, ports);
         self.endings.push_back(ports);
     }
@@ -353,6 +360,7 @@ impl Hub {
 
     fn forget(&mut self, ports: Ports) -> Option<Connection> {
         let connection = self.connections.remove(&ports)?;
+        self.metrics.conns_removed.inc();
         if connection.queued {
             self.ready.retain(|&other| other != ports);
         }

@@ -20,6 +20,7 @@ use super::config_space::ConfigSpace;
 use super::device::{self, DeviceIo, DeviceType, Event, Queues, Traits, VirtioDevice, states};
 use super::queue::{Progress, Queue, QueueStates, Verdict};
 use crate::memory::iovec::IoVecBuffer;
+use crate::metrics::Source;
 
 mod connection;
 mod connector;
@@ -33,6 +34,7 @@ mod traffic;
 
 /// Receive, transmit, and event queue.
 const QUEUE_SIZES: &[u16] = &[256, 256, 16];
+const RX: u16 = 0;
 const TX: u16 = 1;
 /// VIRTIO_VSOCK_EVENT_TRANSPORT_RESET (section 5.10.6.7), the one event that there is.
 const TRANSPORT_RESET: u32 = 0;
@@ -161,6 +163,11 @@ impl VirtioDevice for Vsock {
         let Some((queues, io)) = &mut self.running else {
             return Ok(Progress::Done);
         };
+        match event {
+            Event::Queue(TX) => self.hub.metrics.tx_queue_event_count.inc(),
+            Event::Queue(RX) => self.hub.metrics.rx_queue_event_count.inc(),
+            _ => {}
+        }
         let [receive, transmit, events, ..] = queues;
         let mut progress = Progress::Done;
         if let (true, Some(queue)) = (self.was_restored, events) {
@@ -189,6 +196,10 @@ impl VirtioDevice for Vsock {
             progress = progress.or(sent);
         }
         Ok(progress)
+    }
+
+    fn metrics(&self) -> Option<Source> {
+        Some(Source::new("vsock", self.hub.metrics.clone()))
     }
 }
 

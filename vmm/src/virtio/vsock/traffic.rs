@@ -21,6 +21,7 @@ impl Hub {
         memory: &GuestMemory,
         chain: &Chain,
     ) {
+        self.metrics.tx_packets_count.inc();
         let mut bytes = [0; HEADER_LEN];
         if let Err(error) = chain.read_at(memory, 0, &mut bytes) {
             debug!("vsock: a packet without a header: {error}");
@@ -65,6 +66,7 @@ impl Hub {
                 }
             }
             op::RW if connection.state == State::Open => {
+                self.metrics.tx_bytes_count.add(header.len.into());
                 if !connection.data(pieces, memory, chain, header.len) {
                     self.reset(events, ports);
                     return;
@@ -106,6 +108,7 @@ impl Hub {
         match request {
             Ok(request) => {
                 let connection = Connection::from_guest(request, header, buffer);
+                self.metrics.conns_added.inc();
                 self.connections.insert(ports, connection);
             }
             Err(error) => {
@@ -158,6 +161,7 @@ impl Hub {
         });
         if let Some(header) = ending.or_else(|| self.refusals.pop_front()) {
             chain.write_at(memory, 0, &header.encode())?;
+            self.metrics.rx_packets_count.inc();
             return Ok(Verdict::Used(HEADER_LEN as u32));
         }
         while let Some(ports) = self.ready.pop_front() {
@@ -183,6 +187,8 @@ impl Hub {
                 fwd_cnt,
             };
             chain.write_at(memory, 0, &header.encode())?;
+            self.metrics.rx_packets_count.inc();
+            self.metrics.rx_bytes_count.add(len.into());
             if connection.state == State::Lingering {
                 self.hang_up(events, ports);
             }
