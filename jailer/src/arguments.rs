@@ -4,14 +4,19 @@ use std::ffi::OsString;
 use std::os::fd::RawFd;
 use std::path::{Component, Path, PathBuf};
 
+pub use helper::{HELP as HELPER_HELP, Helper};
+
 use casemate_broker::{MachineId, MachineIdError, handover};
 use lexopt::{Arg, ValueExt};
+
+mod helper;
 
 /// What `--help` prints.
 pub const HELP: &str = "\
 Builds an empty jail around a VMM and execs it there.
 
 usage: casemate-jailer --id ID --exec-file FILE --uid N --gid N [OPTIONS] [-- VMM ARGUMENTS]
+       casemate-jailer helper …     a jail for a program beside a VMM; see `casemate-jailer helper --help`
 
 The machine:
   --id ID                   1 to 64 letters, digits and hyphens
@@ -66,6 +71,8 @@ pub enum Command {
     Run(Box<Arguments>),
     /// `--help`
     Help,
+    /// `helper --help`
+    HelperHelp,
     /// `--version`
     Version,
 }
@@ -113,6 +120,8 @@ pub struct Arguments {
     pub allow_missing_landlock: bool,
     /// What follows `--`.
     pub vmm_arguments: Vec<OsString>,
+    /// `helper`: the program is no VMM.
+    pub helper: Option<Helper>,
 }
 
 /// One `--cgroup`.
@@ -222,6 +231,8 @@ pub fn parse(arguments: impl Iterator<Item = OsString>) -> Result<Command, Argum
         Some(at) => own.split_off(at).into_iter().skip(1).collect(),
         None => Vec::new(),
     };
+    let is_helper = own.first().is_some_and(|first| first == "helper");
+    own.drain(..usize::from(is_helper));
     let mut parser = lexopt::Parser::from_args(own);
     let (mut id, mut exec_file, mut uid, mut gid) = (None, None, None, None);
     let mut result = Arguments {
@@ -249,12 +260,21 @@ pub fn parse(arguments: impl Iterator<Item = OsString>) -> Result<Command, Argum
         log_fd: None,
         allow_missing_landlock: false,
         vmm_arguments,
+        helper: is_helper.then(Helper::new),
     };
     while let Some(argument) = parser.next()? {
         let Arg::Long(option) = argument else {
             return Err(argument.unexpected().into());
         };
-        match option {
+        // The parser is asked for the value, so it cannot lend the name meanwhile.
+        let option = &option.to_owned();
+        if let Some(helper) = &mut result.helper
+            && helper.take(option, &mut parser)?
+        {
+            continue;
+        }
+        match option.as_str() {
+            "help" if is_helper => return Ok(Command::HelperHelp),
             "help" => return Ok(Command::Help),
             "version" => return Ok(Command::Version),
             "id" => id = Some(parser.value()?.string()?.parse::<MachineId>()?),
@@ -325,7 +345,9 @@ pub fn parse(arguments: impl Iterator<Item = OsString>) -> Result<Command, Argum
     result.uid = uid.ok_or(ArgumentError::Missing("uid"))?;
     result.gid = gid.ok_or(ArgumentError::Missing("gid"))?;
     result.exec_name = exec_name(&result.exec_file)?;
-    if let Some(socket) = api_sock(&result.vmm_arguments) {
+    if let Some(helper) = &result.helper {
+        helper::check(&result, helper)?;
+    } else if let Some(socket) = api_sock(&result.vmm_arguments) {
         let named = |grant: &Grant| grant.kind == GrantKind::Api && *grant.name == *socket;
         if !result.grants.iter().any(named) {
             result.grants.push(grant(GrantKind::ApiSock, socket)?);

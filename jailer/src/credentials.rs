@@ -2,7 +2,7 @@
 
 use std::os::fd::BorrowedFd;
 
-use caps::CapSet;
+use caps::{CapSet, CapsHashSet};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::prctl;
@@ -55,7 +55,7 @@ pub fn limit(limits: &Limits) -> Result<Vec<String>> {
 /// # Errors
 /// Without CAP_SETPCAP.
 pub fn empty_bounding_set() -> Result<()> {
-    sys::drop_bounding_set().doing("empty", "the capability bounding set")?;
+    sys::drop_bounding_set(0).doing("empty", "the capability bounding set")?;
     sys::lock_secure_bits().doing("lock", "the secure bits")
 }
 
@@ -96,6 +96,14 @@ pub fn drop_capabilities() -> Result<()> {
     ] {
         caps::clear(None, set)?;
     }
+    expect_capabilities(&CapsHashSet::new())
+}
+
+/// Looks whether every capability set is that one.
+///
+/// # Errors
+/// If one is not.
+pub fn expect_capabilities(wanted: &CapsHashSet) -> Result<()> {
     for set in [
         CapSet::Ambient,
         CapSet::Inheritable,
@@ -103,8 +111,11 @@ pub fn drop_capabilities() -> Result<()> {
         CapSet::Permitted,
         CapSet::Bounding,
     ] {
-        if !caps::read(None, set)?.is_empty() {
-            return refused(format!("{set:?} capabilities"), "they are not empty");
+        if caps::read(None, set)? != *wanted {
+            return refused(
+                format!("{set:?} capabilities"),
+                "not those that were to stay",
+            );
         }
     }
     Ok(())

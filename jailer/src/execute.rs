@@ -1,5 +1,6 @@
 //! Does what the plan says. Fails closed: the first step that fails ends everything.
 
+mod helper;
 mod outcome;
 mod stay;
 
@@ -65,6 +66,8 @@ struct Jail<'a> {
     cgroups: cgroup::Made,
     /// The other half, for the one that becomes the VMM.
     other_half: Option<OwnedFd>,
+    /// For a helper.
+    parts: helper::Parts,
 }
 
 /// Builds the jail and execs the VMM, or stays as its parent. Returns the exit code.
@@ -127,6 +130,7 @@ impl<'a> Jail<'a> {
             chroot: None,
             cgroups: cgroup::Made::default(),
             other_half: None,
+            parts: helper::Parts::default(),
         }
     }
 
@@ -149,8 +153,16 @@ impl<'a> Jail<'a> {
         self.log.is_some()
     }
 
+    /// A note that the caller is told of if there is no log: it does not get what it asked for.
+    fn tell(&self, text: &str) {
+        if !self.note(text) {
+            say(text);
+        }
+    }
+
     fn undo(&mut self) {
-        for (_, _, listener) in &self.listeners {
+        let listeners = self.listeners.iter().map(|(_, _, listener)| listener);
+        for listener in listeners.chain(&self.parts.listeners) {
             listener.remove();
         }
         self.cgroups.undo();
@@ -178,6 +190,11 @@ impl<'a> Jail<'a> {
 
     fn perform(&mut self, step: Step) -> Result<()> {
         let arguments = self.arguments;
+        if let Some(helper) = &arguments.helper
+            && let Some(done) = self.perform_for_helper(step, helper)
+        {
+            return done;
+        }
         match step {
             Step::CloseDescriptors => self.close_descriptors(),
             Step::Scheduling => inherited::ordinary_scheduling(),
@@ -273,10 +290,7 @@ impl<'a> Jail<'a> {
                     limits.fsize = growth::limit(disks, logs)?;
                 }
                 for note in credentials::limit(&limits)? {
-                    // The caller does not get what it asked for, so without a log it is told.
-                    if !self.note(&note) {
-                        say(note);
-                    }
+                    self.tell(&note);
                 }
                 Ok(())
             }
@@ -298,10 +312,17 @@ impl<'a> Jail<'a> {
                 }
                 Ok(())
             }
-            // Done by `become_vmm` and `Stay::run`, which have what they need.
-            Step::Daemonize | Step::HandOver | Step::Exec | Step::Seccomp | Step::Serve => {
-                refused(step.name(), "is not a step of its own")
-            }
+            // Done by `become_vmm`, `Stay::run` and `perform_for_helper`, which have what they need.
+            Step::Daemonize
+            | Step::HandOver
+            | Step::Exec
+            | Step::Seccomp
+            | Step::Serve
+            | Step::UserNamespace
+            | Step::HelperRoot
+            | Step::EnterHelperRoot
+            | Step::EnterUserNamespace
+            | Step::KeepCapabilities => refused(step.name(), "is not a step of its own"),
         }
     }
 
@@ -425,9 +446,12 @@ impl<'a> Jail<'a> {
                     if let Some(outcome) = &mut self.outcome {
                         outcome.done();
                     }
-                    required(table.as_ref(), *step)
-                        .and_then(|table| self.exec(table))
-                        .map(|never| match never {})
+                    let executed = if self.arguments.helper.is_some() {
+                        self.exec_helper()
+                    } else {
+                        required(table.as_ref(), *step).and_then(|table| self.exec(table))
+                    };
+                    executed.map(|never| match never {})
                 }
                 other => self.perform(*other),
             };

@@ -15,6 +15,7 @@ use nix::sys::socket::{
     AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, connect, listen, socket,
 };
 use nix::sys::stat::{FileStat, Mode, SFlag, fstat, umask};
+use nix::sys::statvfs::{FsFlags, fstatvfs};
 use nix::unistd::{Gid, Uid, UnlinkatFlags, fchdir, fchownat, unlinkat};
 
 use crate::arguments::Arguments;
@@ -47,7 +48,7 @@ impl Listener {
 }
 
 /// Opens a path without following any symbolic link.
-fn open_strictly(path: &Path, flags: OFlag) -> Result<OwnedFd> {
+pub(crate) fn open_strictly(path: &Path, flags: OFlag) -> Result<OwnedFd> {
     open_strictly_at(AT_FDCWD, path, flags)
 }
 
@@ -71,7 +72,7 @@ fn open_strictly_at(directory: BorrowedFd<'_>, path: &Path, flags: OFlag) -> Res
     }
 }
 
-fn file_type(stat: &FileStat) -> SFlag {
+pub(crate) fn file_type(stat: &FileStat) -> SFlag {
     SFlag::from_bits_retain(stat.st_mode & SFlag::S_IFMT.bits())
 }
 
@@ -161,6 +162,34 @@ pub fn open_file(path: &Path, write: bool) -> Result<OwnedFd> {
     }
     // io_uring treats a non-blocking file as one that must never wait for the disk.
     fcntl(&file, FcntlArg::F_SETFL(access)).doing("set flags of", &object)?;
+    Ok(file)
+}
+
+/// Opens what a helper is to see: `O_PATH`, so that nothing happens to it yet. A block device counts as a file.
+///
+/// # Errors
+/// If it is neither a file, a directory nor a block device, or is to be written to and on a read-only mount.
+pub fn open_bind(path: &Path, write: bool) -> Result<OwnedFd> {
+    let file = open_strictly(path, OFlag::O_PATH)?;
+    let object = path.display().to_string();
+    let stat = fstat(&file).doing("look at", &object)?;
+    match file_type(&stat) {
+        SFlag::S_IFREG | SFlag::S_IFDIR => {}
+        SFlag::S_IFBLK if write => {}
+        SFlag::S_IFBLK => {
+            return refused(object, "a block device can only be bound for writing, too");
+        }
+        _ => return refused(object, "neither a file, a directory nor a block device"),
+    }
+    let flags = fstatvfs(&file)
+        .doing("look at the mount of", &object)?
+        .flags();
+    if write && flags.contains(FsFlags::ST_RDONLY) {
+        return refused(
+            object,
+            "it is on a read-only mount, and would be writable in the jail",
+        );
+    }
     Ok(file)
 }
 

@@ -1,6 +1,6 @@
 //! Landlock: the wall behind the empty root, for a descriptor that leads somewhere.
 
-use std::os::fd::BorrowedFd;
+use std::os::fd::{BorrowedFd, OwnedFd};
 
 use landlock::{
     ABI, Access, AccessFs, AccessNet, BitFlags, LandlockStatus, PathBeneath, Ruleset, RulesetAttr,
@@ -8,6 +8,7 @@ use landlock::{
 };
 
 use crate::error::{Result, refused};
+use crate::helper::root::Use;
 
 /// The newest version whose rights were tested here. Older kernels enforce what they know.
 const ABI_WANTED: ABI = ABI::V7;
@@ -29,6 +30,37 @@ pub enum Domain<'a> {
     Vmm(BorrowedFd<'a>),
     /// The broker may open files beneath these directories.
     Broker(Vec<BorrowedFd<'a>>),
+    /// A helper may use what is bound, each as it was bound.
+    Helper(Vec<HelperRule>),
+}
+
+/// Something that is bound in a helper's jail.
+#[derive(Debug)]
+pub struct HelperRule {
+    /// It (`O_PATH`).
+    pub file: OwnedFd,
+    /// What may be done with it.
+    pub usage: Use,
+    /// Whether it is a directory.
+    pub directory: bool,
+}
+
+impl HelperRule {
+    fn rights(&self) -> BitFlags<AccessFs> {
+        let devices = AccessFs::MakeChar | AccessFs::MakeBlock | AccessFs::IoctlDev;
+        let all = match self.usage {
+            Use::Execute => AccessFs::Execute | AccessFs::ReadFile,
+            Use::Read => AccessFs::ReadFile | AccessFs::ReadDir,
+            Use::Write => AccessFs::from_all(ABI_WANTED) & !(devices | AccessFs::Execute),
+            Use::Device => AccessFs::ReadFile | AccessFs::WriteFile | AccessFs::IoctlDev,
+        };
+        if self.directory {
+            all
+        } else {
+            // Those of directories are refused on a file.
+            all & AccessFs::from_file(ABI_WANTED)
+        }
+    }
 }
 
 /// Enters the domain. Returns a note about rights that this kernel does not know.
@@ -40,9 +72,9 @@ pub fn enter(domain: &Domain<'_>, allow_missing: bool) -> Result<Option<String>>
         .handle_access(AccessFs::from_all(ABI_WANTED))?
         .handle_access(AccessNet::from_all(ABI_WANTED))?
         // The broker signals its VMM, which is outside of its domain. The VMM signals only its own
-        // threads, which will all be in this one.
+        // threads, which will all be in this one; so does a helper.
         .scope(match domain {
-            Domain::Vmm(_) => Scope::from_all(ABI_WANTED),
+            Domain::Vmm(_) | Domain::Helper(_) => Scope::from_all(ABI_WANTED),
             Domain::Broker(_) => Scope::AbstractUnixSocket.into(),
         })?
         .create()?;
@@ -54,6 +86,11 @@ pub fn enter(domain: &Domain<'_>, allow_missing: bool) -> Result<Option<String>>
         Domain::Broker(directories) => {
             for directory in directories {
                 ruleset = ruleset.add_rule(PathBeneath::new(directory, open))?;
+            }
+        }
+        Domain::Helper(rules) => {
+            for rule in rules {
+                ruleset = ruleset.add_rule(PathBeneath::new(&rule.file, rule.rights()))?;
             }
         }
     }

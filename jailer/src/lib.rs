@@ -4,6 +4,8 @@
 //! process still may, and named in a sealed table ([`casemate_broker::Handover`]). Then the walls
 //! go up in the order that [`plan`] fixes and gives the reasons for:
 //!
+//! Programs beside a VMM get jails by the same steps, with what [`helper`] adds.
+//!
 //! [`arguments`] → [`plan`] → [`execute`], which calls [`inherited`], [`grants`], [`cgroup`], [`tap`],
 //! [`namespaces`], [`root`], [`credentials`], [`landlock`] and [`broker`]. System calls that need
 //! `unsafe` are in [`sys`].
@@ -16,6 +18,7 @@ pub mod error;
 pub mod execute;
 pub mod grants;
 pub mod growth;
+pub mod helper;
 pub mod inherited;
 pub mod landlock;
 pub mod namespaces;

@@ -3,7 +3,7 @@
 use std::process::ExitCode;
 
 use casemate_broker::exit;
-use casemate_jailer::arguments::{self, Command, HELP};
+use casemate_jailer::arguments::{self, Command, HELP, HELPER_HELP};
 use casemate_jailer::error::say;
 use casemate_jailer::execute;
 
@@ -11,6 +11,10 @@ fn main() -> ExitCode {
     match arguments::parse(std::env::args_os().skip(1)) {
         Ok(Command::Help) => {
             print!("{HELP}");
+            ExitCode::SUCCESS
+        }
+        Ok(Command::HelperHelp) => {
+            print!("{HELPER_HELP}");
             ExitCode::SUCCESS
         }
         Ok(Command::Version) => {

@@ -3,7 +3,7 @@
 //! The jailer is one process until [`Plan::fork`]. What is done before it (cgroup, namespaces, the
 //! empty root) holds for both halves at once; what comes after it, each half does for itself.
 
-use crate::arguments::{Arguments, GrantKind};
+use crate::arguments::{Arguments, GrantKind, Helper};
 
 /// One step.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -29,10 +29,20 @@ pub enum Step {
     JoinCgroup,
     /// Enter `--netns` and open taps there.
     OpenTaps,
+    /// A helper's user namespace.
+    UserNamespace,
     /// New network, mount, IPC, UTS and cgroup namespaces.
     Unshare,
     /// An empty, read-only root.
     EmptyRoot,
+    /// Beside the empty root a helper's: read-only, with what it may see.
+    HelperRoot,
+    /// Into the helper's root.
+    EnterHelperRoot,
+    /// Into the helper's user namespace.
+    EnterUserNamespace,
+    /// Leave the capabilities that the helper was given, and no others.
+    KeepCapabilities,
     /// Resource limits.
     Limits,
     /// Empty the capability bounding set, and lock the secure bits.
@@ -66,7 +76,7 @@ impl Step {
             Self::CloseDescriptors => "close descriptors",
             Self::Daemonize => "daemonize",
             Self::Scheduling => "ordinary scheduling",
-            Self::OpenExecFile => "open the VMM",
+            Self::OpenExecFile => "open the program",
             Self::OpenDevices => "open devices",
             Self::OpenFiles => "open files",
             Self::OpenDirectories => "open directories",
@@ -74,7 +84,12 @@ impl Step {
             Self::JoinCgroup => "join the cgroup",
             Self::OpenTaps => "open taps",
             Self::Unshare => "new namespaces",
+            Self::UserNamespace => "user namespace",
             Self::EmptyRoot => "empty root",
+            Self::HelperRoot => "helper's root",
+            Self::EnterHelperRoot => "enter the helper's root",
+            Self::EnterUserNamespace => "enter the user namespace",
+            Self::KeepCapabilities => "keep capabilities",
             Self::Limits => "resource limits",
             Self::BoundingSet => "bounding set",
             Self::User => "drop to the user",
@@ -84,7 +99,7 @@ impl Step {
             Self::CloseStreams => "close standard streams",
             Self::Landlock => "landlock",
             Self::HandOver => "hand over",
-            Self::Exec => "exec the VMM",
+            Self::Exec => "exec",
             Self::Seccomp => "seccomp",
             Self::Serve => "serve",
         }
@@ -126,6 +141,21 @@ impl Step {
             }
             Self::EmptyRoot => {
                 "needs CAP_SYS_ADMIN and the mount namespace; before the fork, so that the broker has it too"
+            }
+            Self::UserNamespace => {
+                "its map of ids is written by root, through the host's /proc; before the other namespaces, which so are not its own"
+            }
+            Self::HelperRoot => {
+                "while mounts can be made; what is bound was opened before, and is the same whatever its path leads to now"
+            }
+            Self::EnterHelperRoot => {
+                "by chroot, so that nobody in it gets a user namespace; after the fork, since /proc shows the namespace of whoever mounts it, and the other half needs none of it"
+            }
+            Self::EnterUserNamespace => {
+                "after the last thing that needs a privilege of the host's: from here on every one ends at the helper's own ids"
+            }
+            Self::KeepCapabilities => {
+                "after the change of user, by the capabilities over the namespace; ambient, as the program's file gives none"
             }
             Self::Limits => {
                 "after everything is open, before privileges go; for each half after the fork, so that none escapes"
@@ -192,6 +222,9 @@ pub struct Fork {
 
 /// Orders the steps.
 pub fn plan(arguments: &Arguments, facts: Facts) -> Plan {
+    if let Some(helper) = &arguments.helper {
+        return plan_helper(arguments, helper);
+    }
     let has = |kind| arguments.grants.iter().any(|grant| grant.kind == kind);
     let api = has(GrantKind::Api) || has(GrantKind::ApiSock);
     // Requests of the API name files, too.
@@ -204,12 +237,6 @@ pub fn plan(arguments: &Arguments, facts: Facts) -> Plan {
         broker,
         api,
     });
-    let steps = |all: &[(bool, Step)]| -> Vec<Step> {
-        all.iter()
-            .filter(|(wanted, _)| *wanted)
-            .map(|(_, step)| *step)
-            .collect()
-    };
     let files = [
         GrantKind::ReadOnly,
         GrantKind::ReadWrite,
@@ -218,14 +245,9 @@ pub fn plan(arguments: &Arguments, facts: Facts) -> Plan {
     ]
     .into_iter()
     .any(has);
-    let cgroup = !arguments.cgroups.is_empty() || arguments.parent_cgroup.is_some();
-    let shared = steps(&[
-        (true, Step::CloseDescriptors),
-        (arguments.die_with_parent, Step::DieWithParent),
-        (arguments.daemonize, Step::Daemonize),
-        (true, Step::Scheduling),
-        (true, Step::OpenExecFile),
-        (true, Step::OpenDevices),
+    let cgroup = wants_cgroup(arguments);
+    let mut shared = first(arguments);
+    shared.extend(steps(&[
         (files, Step::OpenFiles),
         (broker, Step::OpenDirectories),
         (listens, Step::Listen),
@@ -236,7 +258,7 @@ pub fn plan(arguments: &Arguments, facts: Facts) -> Plan {
         ),
         (true, Step::Unshare),
         (true, Step::EmptyRoot),
-    ]);
+    ]));
     let forked = fork.is_some();
     let vmm = steps(&[
         (true, Step::HandOver),
@@ -250,24 +272,91 @@ pub fn plan(arguments: &Arguments, facts: Facts) -> Plan {
         (arguments.daemonize, Step::CloseStreams),
         (true, Step::Exec),
     ]);
-    let parent = steps(&[
-        (forked, Step::Limits),
-        (forked, Step::BoundingSet),
-        (forked, Step::User),
-        (forked, Step::Capabilities),
-        (forked && arguments.die_with_parent, Step::DieWithParent),
-        (forked, Step::NoNewPrivileges),
-        (forked, Step::Landlock),
-        (forked && arguments.daemonize, Step::CloseStreams),
-        (forked, Step::Seccomp),
-        (forked, Step::Serve),
-    ]);
     Plan {
         shared,
         fork,
         vmm,
-        parent,
+        parent: if forked {
+            parent(arguments)
+        } else {
+            Vec::new()
+        },
     }
+}
+
+/// Orders the steps of a helper's jail. It always has a PID namespace, so there always is a half that stays.
+fn plan_helper(arguments: &Arguments, helper: &Helper) -> Plan {
+    let mut shared = first(arguments);
+    shared.extend(steps(&[
+        (!helper.binds.is_empty(), Step::OpenFiles),
+        (!helper.listeners.is_empty(), Step::Listen),
+        (wants_cgroup(arguments), Step::JoinCgroup),
+        (true, Step::UserNamespace),
+        (true, Step::Unshare),
+        (true, Step::HelperRoot),
+    ]));
+    let fork = Fork {
+        new_pid_ns: true,
+        broker: false,
+        api: false,
+    };
+    let vmm = steps(&[
+        (true, Step::EnterHelperRoot),
+        (true, Step::Limits),
+        (true, Step::EnterUserNamespace),
+        (true, Step::User),
+        (true, Step::KeepCapabilities),
+        (true, Step::DieWithParent),
+        (true, Step::NoNewPrivileges),
+        (true, Step::Landlock),
+        (arguments.daemonize, Step::CloseStreams),
+        (true, Step::Seccomp),
+        (true, Step::Exec),
+    ]);
+    let enter = [Step::EmptyRoot];
+    Plan {
+        shared,
+        fork: Some(fork),
+        vmm,
+        parent: enter.into_iter().chain(parent(arguments)).collect(),
+    }
+}
+
+/// How every jail begins.
+fn first(arguments: &Arguments) -> Vec<Step> {
+    steps(&[
+        (true, Step::CloseDescriptors),
+        (arguments.die_with_parent, Step::DieWithParent),
+        (arguments.daemonize, Step::Daemonize),
+        (true, Step::Scheduling),
+        (true, Step::OpenExecFile),
+        (true, Step::OpenDevices),
+    ])
+}
+
+/// What the half that stays does in every jail.
+fn parent(arguments: &Arguments) -> Vec<Step> {
+    steps(&[
+        (true, Step::Limits),
+        (true, Step::BoundingSet),
+        (true, Step::User),
+        (true, Step::Capabilities),
+        (arguments.die_with_parent, Step::DieWithParent),
+        (true, Step::NoNewPrivileges),
+        (true, Step::Landlock),
+        (arguments.daemonize, Step::CloseStreams),
+        (true, Step::Seccomp),
+        (true, Step::Serve),
+    ])
+}
+
+fn wants_cgroup(arguments: &Arguments) -> bool {
+    !arguments.cgroups.is_empty() || arguments.parent_cgroup.is_some()
+}
+
+fn steps(all: &[(bool, Step)]) -> Vec<Step> {
+    let wanted = all.iter().filter(|(wanted, _)| *wanted);
+    wanted.map(|(_, step)| *step).collect()
 }
 
 #[cfg(test)]
@@ -411,6 +500,70 @@ mod tests {
                 in_order(&plan.vmm, &[User, DieWithParent]);
             }
         }
+    }
+
+    fn planned_helper(more: &str) -> Plan {
+        let text = format!("helper --id a --exec-file /v --uid 5 --gid 5 {more}");
+        match parse(text.split_whitespace().map(OsString::from)).unwrap() {
+            Command::Run(arguments) => plan(&arguments, Facts::default()),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn a_helpers_jail_has_every_wall_too() {
+        use Step::*;
+        for more in [
+            "",
+            "--bind-ro /a --listen /l --cgroup memory.max=1 --daemonize --proc",
+        ] {
+            let plan = planned_helper(more);
+            let shared = [
+                CloseDescriptors,
+                Scheduling,
+                OpenExecFile,
+                UserNamespace,
+                Unshare,
+                HelperRoot,
+            ];
+            in_order(&plan.shared, &shared);
+            let fork = plan.fork.unwrap();
+            assert!(fork.new_pid_ns && !fork.broker);
+            in_order(
+                &plan.vmm,
+                &[
+                    EnterHelperRoot,
+                    Limits,
+                    EnterUserNamespace,
+                    User,
+                    KeepCapabilities,
+                    DieWithParent,
+                    NoNewPrivileges,
+                    Landlock,
+                    Seccomp,
+                    Exec,
+                ],
+            );
+            assert_eq!(plan.vmm.last(), Some(&Exec));
+            let walls = [
+                EmptyRoot,
+                Limits,
+                BoundingSet,
+                User,
+                Capabilities,
+                NoNewPrivileges,
+                Landlock,
+                Seccomp,
+            ];
+            in_order(&plan.parent, &walls);
+            for step in plan.shared.iter().chain(&plan.vmm).chain(&plan.parent) {
+                assert!(!step.reason().is_empty() && !step.name().is_empty());
+            }
+        }
+        in_order(
+            &planned_helper("--bind-ro /a --listen /l").shared,
+            &[OpenFiles, Listen, Unshare],
+        );
     }
 
     #[test]

@@ -4,6 +4,7 @@
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
 use nix::errno::Errno;
+use nix::fcntl::{FcntlArg, fcntl};
 use nix::libc;
 use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, sigaction};
 use nix::unistd::{ForkResult, Pid};
@@ -122,12 +123,13 @@ pub fn pidfd_send_signal(process: BorrowedFd<'_>, signal: Signal) -> nix::Result
     Errno::result(result).map(drop)
 }
 
-/// Empties the bounding set: every number that the kernel knows, which may be more than we do.
+/// Empties the bounding set but for the bits of `keep`: every number that the kernel knows, which may be more than
+/// we do.
 ///
 /// # Errors
 /// `EPERM` without CAP_SETPCAP.
-pub fn drop_bounding_set() -> nix::Result<()> {
-    for capability in 0..64 {
+pub fn drop_bounding_set(keep: u64) -> nix::Result<()> {
+    for capability in (0..64).filter(|number| keep >> number & 1 == 0) {
         // SAFETY: no pointers.
         let result =
             unsafe { libc::prctl(libc::PR_CAPBSET_DROP, capability as libc::c_ulong, 0, 0, 0) };
@@ -139,6 +141,25 @@ pub fn drop_bounding_set() -> nix::Result<()> {
         }
     }
     Ok(())
+}
+
+/// Another descriptor for an open file, of at least that number, which closes at exec.
+///
+/// # Errors
+/// What `fcntl(2)` says.
+pub fn duplicate_from(file: BorrowedFd<'_>, least: RawFd) -> nix::Result<OwnedFd> {
+    let number = fcntl(file, FcntlArg::F_DUPFD_CLOEXEC(least))?;
+    // SAFETY: the kernel has just made it for us.
+    Ok(unsafe { OwnedFd::from_raw_fd(number) })
+}
+
+/// Makes `number` another descriptor for an open file, which exec keeps, whatever it was before.
+///
+/// # Errors
+/// What `dup2(2)` says.
+pub fn duplicate_as(file: BorrowedFd<'_>, number: RawFd) -> nix::Result<()> {
+    // SAFETY: called right before exec or exit, so no owner of that number uses it any more.
+    Errno::result(unsafe { libc::dup2(file.as_raw_fd(), number) }).map(drop)
 }
 
 /// Sets and locks the secure bits.

@@ -1,5 +1,7 @@
 //! Real jails around a probe, seen from inside and from outside.
 
+#[path = "support/helper_jail.rs"]
+mod helper_jail;
 mod support;
 
 use std::io::Read;

@@ -49,6 +49,7 @@ const ARGUMENTS: &[(&str, &[&str])] = &[
         &["dirfd", "pathname*", "flags", "mask", "statxbuf*"],
     ),
     ("tgkill", &["tgid", "tid", "sig"]),
+    ("unshare", &["flags*"]),
     ("unlinkat", &["dirfd", "pathname*", "flags"]),
     ("wait4", &["pid", "wstatus*", "options"]),
 ];

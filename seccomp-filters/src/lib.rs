@@ -41,11 +41,13 @@ pub enum Role {
     Unpacker,
     /// A process that unpacks an archive below one directory.
     Archive,
+    /// A program beside a VMM, in a jail of its own.
+    Backend,
 }
 
 impl Role {
     /// Every role.
-    pub const ALL: [Role; 9] = [
+    pub const ALL: [Role; 10] = [
         Role::Control,
         Role::Device,
         Role::Vcpu,
@@ -55,6 +57,7 @@ impl Role {
         Role::Monitor,
         Role::Unpacker,
         Role::Archive,
+        Role::Backend,
     ];
     /// The roles whose threads make up a VMM. Threads share memory, so against a takeover the
     /// union of these policies is what counts.
@@ -78,6 +81,7 @@ impl Role {
             Role::Monitor => "monitor",
             Role::Unpacker => "unpacker",
             Role::Archive => "archive",
+            Role::Backend => "backend",
         }
     }
 }

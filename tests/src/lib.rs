@@ -9,6 +9,7 @@
 //! ```
 
 mod api;
+mod back_end;
 mod disk;
 mod kernels;
 mod leftovers;
@@ -19,6 +20,7 @@ mod run;
 mod vm;
 
 pub use api::{ApiAnswer, ApiClient};
+pub use back_end::{Share, storage_daemon, virtiofsd};
 pub use casemate_broker::exit;
 pub use disk::{pattern_disk, pattern_word};
 pub use kernels::broken_kernels;

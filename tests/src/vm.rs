@@ -14,7 +14,7 @@ use crate::process::{Finished, Running};
 use crate::unique_id;
 
 /// A uid and gid that no account and no other test's VM has: what is left of a VM can be told by it.
-fn unique_uid() -> u32 {
+pub(crate) fn unique_uid() -> u32 {
     static NEXT: AtomicU32 = AtomicU32::new(0);
     let number = NEXT.fetch_add(1, Ordering::Relaxed) % 1024;
     // Above those of `Casemate`.

@@ -92,3 +92,44 @@ fn refuses_with_the_options_name() {
         assert!(matches!(error, ArgumentError::Missing(name) if name == missing));
     }
 }
+
+#[test]
+fn a_helpers_options_are_its_own() {
+    let text = "helper --id h --exec-file /usr/bin/x --uid 1000 --gid 1001 --id-count 5 --cap Chown --cap CAP_SETUID \
+                --bind-ro /a --bind-rw /b --listen /s --proc --die-with-parent -- --id z";
+    let Command::Run(arguments) = parse_text(text).unwrap() else {
+        panic!("{text}");
+    };
+    assert_eq!(arguments.vmm_arguments, ["--id", "z"]);
+    let helper = arguments.helper.unwrap();
+    assert_eq!((helper.ids, helper.proc), (5, true));
+    assert_eq!(helper.capabilities.len(), 2);
+    assert_eq!(helper.binds, [(false, "/a".into()), (true, "/b".into())]);
+    assert_eq!(helper.listeners, [Path::new("/s")]);
+    // Not a VMM's, and a VMM has none of these.
+    for option in [
+        "--bind-ro /a",
+        "--cap chown",
+        "--proc",
+        "--listen /s",
+        "--id-count 2",
+    ] {
+        assert!(parse_text(&format!("{GOOD} {option}")).is_err(), "{option}");
+    }
+    for option in [
+        "--grant-ro /a",
+        "--grant-api /a",
+        "--allow-open /a",
+        "--new-pid-ns",
+        "--netns /n",
+    ] {
+        assert!(
+            parse_text(&format!("helper {GOOD} {option}")).is_err(),
+            "{option}"
+        );
+    }
+    assert!(matches!(
+        parse_text("helper --help"),
+        Ok(Command::HelperHelp)
+    ));
+}

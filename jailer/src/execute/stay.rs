@@ -6,12 +6,14 @@ use casemate_broker::{BrokerPolicy, Server, exit};
 use casemate_seccomp_filters::{Role, Stage};
 use nix::sys::signalfd::SignalFd;
 
+use super::helper::Parts;
 use super::{Failure, Jail, close_streams, give_up_privileges};
 use crate::broker::{self, Child};
 use crate::credentials::{self, Parent};
 use crate::error::{Context, Result, say};
 use crate::landlock::{self, Domain};
 use crate::plan::Step;
+use crate::root;
 
 /// The half that stays, with only what it needs.
 pub(super) struct Stay {
@@ -34,8 +36,10 @@ impl Stay {
         // Everything that is the VMM's alone: KVM, taps, listeners, the program.
         jail.named.clear();
         jail.exec_file = None;
+        jail.parts = Parts::default();
         for step in steps {
             let done = match step {
+                Step::EmptyRoot => root::enter_empty(),
                 Step::Limits => credentials::limit(&arguments.limits).map(drop),
                 // The VMM's half says what this kernel lacks.
                 Step::Landlock => landlock::enter(

@@ -1,48 +1,8 @@
 //! Devices whose work another process does: real back-ends from Debian's packages.
 
-use std::path::Path;
-use std::process::{Child, Command, Stdio};
-use std::time::{Duration, Instant};
-
-use casemate_tests::{Vm, exit, pattern_disk, pattern_word};
+use casemate_tests::{Share, Vm, exit, pattern_disk, pattern_word, storage_daemon, virtiofsd};
 use serde_json::json;
-
-/// A back-end that ends with the test.
-struct BackEnd(Child);
-
-impl Drop for BackEnd {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
-
-fn start(command: &mut Command, socket: &Path) -> BackEnd {
-    let child = command.stdin(Stdio::null()).spawn();
-    let child = BackEnd(child.expect("cargo xtask test installs it"));
-    let end = Instant::now() + Duration::from_secs(30);
-    while !socket.exists() {
-        assert!(Instant::now() < end, "the back-end makes no socket");
-        std::thread::sleep(Duration::from_millis(10));
-    }
-    child
-}
-
-/// QEMU's storage daemon, which serves `disk`.
-fn storage_daemon(disk: &Path, socket: &Path) -> BackEnd {
-    let mut command = Command::new("qemu-storage-daemon");
-    command.args([
-        "--blockdev",
-        &format!("driver=file,node-name=disk,filename={}", disk.display()),
-        "--export",
-        &format!(
-            "type=vhost-user-blk,id=export,node-name=disk,writable=on,num-queues=4,\
-             addr.type=unix,addr.path={}",
-            socket.display()
-        ),
-    ]);
-    start(&mut command, socket)
-}
+use std::path::Path;
 
 fn vm(task: &str, socket: &Path) -> Vm {
     Vm::probe(task).back_end("drives", json!({ "drive_id": "data", "queues": 4 }), socket)
@@ -54,7 +14,7 @@ fn a_disk_of_the_storage_daemon_is_read_and_written() {
         let dir = tempfile::tempdir().unwrap();
         let (disk, socket) = (dir.path().join("disk"), dir.path().join("socket"));
         pattern_disk(&disk, 64).unwrap();
-        let back_end = storage_daemon(&disk, &socket);
+        let back_end = storage_daemon(&disk, &socket).unwrap();
         let mut machine = vm("probe.task=blk probe.write=1 probe.queue=3", &socket);
         if !jailed {
             machine = machine.unjailed();
@@ -76,7 +36,7 @@ fn a_back_end_that_dies_leaves_a_machine_that_lives() {
     let dir = tempfile::tempdir().unwrap();
     let (disk, socket) = (dir.path().join("disk"), dir.path().join("socket"));
     pattern_disk(&disk, 1 << 17).unwrap();
-    let back_end = storage_daemon(&disk, &socket);
+    let back_end = storage_daemon(&disk, &socket).unwrap();
     let machine = vm("probe.task=blk", &socket).unjailed().start().unwrap();
     machine.wait_for_line("probe: drive").unwrap();
     drop(back_end);
@@ -106,16 +66,16 @@ fn without_a_back_end_no_machine_starts() {
 
 #[test]
 fn a_directory_of_virtiofsd_is_looked_into() {
-    for jailed in [false, true] {
+    for (jailed, how) in [
+        (false, Share::ToRead),
+        (true, Share::ToRead),
+        (true, Share::ToWrite),
+    ] {
         let dir = tempfile::tempdir().unwrap();
         let (shared, socket) = (dir.path().join("shared"), dir.path().join("socket"));
         std::fs::create_dir(&shared).unwrap();
         std::fs::write(shared.join("hello"), [7; 1234]).unwrap();
-        let mut command = Command::new("/usr/lib/qemu/virtiofsd");
-        command.args(["-f", "-o", &format!("source={}", shared.display())]);
-        command.arg(format!("--socket-path={}", socket.display()));
-        command.stderr(Stdio::null());
-        let _back_end = start(&mut command, &socket);
+        let _back_end = virtiofsd(&shared, how, &socket).unwrap();
         let fs = json!({ "tag": "host" });
         let mut machine = Vm::probe("probe.task=fs").back_end("fs", fs, &socket);
         if !jailed {

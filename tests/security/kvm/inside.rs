@@ -9,7 +9,7 @@ use casemate_tests::landlock_abi;
 use crate::outside::*;
 
 /// What no prisoner may manage, whatever the age of the kernel.
-const ATTEMPTS: &[&str] = &[
+pub const ATTEMPTS: &[&str] = &[
     "open-root",
     "open-passwd",
     "open-proc",

@@ -3,6 +3,7 @@
 
 mod ask;
 mod ending;
+mod helper;
 mod inherited;
 mod inside;
 mod machine;

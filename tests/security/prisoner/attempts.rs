@@ -20,7 +20,7 @@ use nix::sys::signal::kill;
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
 use nix::sys::stat::Mode;
 use nix::sys::uio::{RemoteIoVec, process_vm_readv};
-use nix::unistd::{Pid, chroot, execv, getpid, getppid, setgroups, setuid};
+use nix::unistd::{Pid, chdir, chroot, execv, getpid, getppid, setgroups, setuid};
 
 /// The abstract socket that the tests listen on.
 pub const ABSTRACT_SOCKET: &str = "casemate-security-test";
@@ -104,6 +104,8 @@ pub const ALL: &[(&str, Attempt)] = &[
     }),
     ("exec", exec),
     ("new-thread", new_thread),
+    // Last, as it changes what every path means.
+    ("climb-out", climb_out),
 ];
 
 /// The one attempt that must stay possible: Landlock is about opening, not about what is open.
@@ -283,6 +285,16 @@ fn abstract_connect(_: &Held) -> io::Result<()> {
 
 fn exec(_: &Held) -> io::Result<()> {
     match execv(c"/bin/true", &[c"/bin/true"])? {}
+}
+
+/// Who may change its root can leave the one that it has: by a root below where it is.
+fn climb_out(_: &Held) -> io::Result<()> {
+    chroot("/dev")?;
+    for _ in 0..16 {
+        chdir("..")?;
+    }
+    chroot(".")?;
+    File::open("/etc/passwd").map(drop)
 }
 
 fn new_thread(_: &Held) -> io::Result<()> {
