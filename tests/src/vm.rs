@@ -54,7 +54,7 @@ pub struct Vm {
 impl Vm {
     /// The probe guest with `task` on its command line: one vCPU, 128 MiB, in the jail.
     pub fn probe(task: &str) -> Self {
-        Self::kernel(&bin("casemate-probe"), &format!("acpi=off {task}"))
+        Self::kernel(&bin("casemate-probe"), &format!("{task} acpi=off"))
     }
 
     /// A guest of `kernel` with the command line `args`: one vCPU, 128 MiB, in the jail.

@@ -1,12 +1,13 @@
 //! virtio-balloon against the probe's driver: what the guest gives back is the host's.
 
+use super::probe;
 use casemate_tests::{Running, Vm, exit, resident_mib};
 use serde_json::json;
 
 const MIB: u64 = 64;
 
 fn balloon() -> Vm {
-    Vm::probe("probe.task=balloon").set(
+    probe("probe.task=balloon").set(
         "/balloon",
         json!({ "amount_mib": MIB, "deflate_on_oom": true, "stats_polling_interval_s": 1,
                 "free_page_hinting": true, "free_page_reporting": true }),
@@ -58,14 +59,14 @@ fn works_behind_every_wall() {
 
 #[test]
 fn is_absent_unless_configured() {
-    let done = Vm::probe("probe.task=balloon").run().unwrap();
+    let done = probe("probe.task=balloon").run().unwrap();
     done.assert_line("probe: balloon FAIL: no such device on the command line or the PCI bus");
 }
 
 #[test]
 fn is_no_larger_than_the_guest() {
     let balloon = json!({ "amount_mib": 129, "deflate_on_oom": false });
-    Vm::probe("probe.task=balloon")
+    probe("probe.task=balloon")
         .set("/balloon", balloon)
         .assert_refused(exit::BAD_INPUT, &["balloon.amount_mib", "129"]);
 }

@@ -1,7 +1,7 @@
 //! virtio-block against the probe's driver.
 
 use super::probe;
-use casemate_tests::{Vm, bin, exit, pattern_disk, pattern_word};
+use casemate_tests::{exit, pattern_disk, pattern_word};
 use nix::sys::signal::Signal;
 
 const SECTORS: u64 = 2048 + 3;
@@ -117,20 +117,18 @@ fn an_image_has_one_writer_or_many_readers() {
     let dir = tempfile::tempdir().unwrap();
     let disk = dir.path().join("disk");
     std::fs::write(&disk, vec![0; 4096]).unwrap();
-    let machine = |args: &str, read_only| {
-        Vm::kernel(&bin("casemate-probe"), args).drive("data", &disk, read_only)
-    };
+    let machine = |args: &str, read_only| probe(args).drive("data", &disk, read_only);
     for (first, second) in [(true, false), (false, true), (false, false)] {
-        let running = machine("idle acpi=off", first).start().unwrap();
+        let running = machine("idle", first).start().unwrap();
         running.wait_for_line("probe: idle").unwrap();
-        let refused = machine("acpi=off", second).run().unwrap();
+        let refused = machine("", second).run().unwrap();
         refused.assert_refused(
             exit::BAD_INPUT,
             &["drive data", "another machine uses its image"],
         );
         // Readers do not exclude each other; and the lock goes with its machine.
         if first {
-            machine("acpi=off", true)
+            machine("", true)
                 .run()
                 .unwrap()
                 .assert_line("probe: boot ok");
@@ -141,7 +139,7 @@ fn an_image_has_one_writer_or_many_readers() {
             std::thread::sleep(std::time::Duration::from_millis(100));
         }
         running.wait().unwrap();
-        machine("acpi=off", second)
+        machine("", second)
             .run()
             .unwrap()
             .assert_line("probe: boot ok");
@@ -177,7 +175,7 @@ fn the_ring_serves_what_the_thread_does() {
         let dir = tempfile::tempdir().unwrap();
         let disk = dir.path().join("disk");
         pattern_disk(&disk, 64).unwrap();
-        let mut vm = Vm::probe("probe.task=blk probe.write=1 probe.discard=1")
+        let mut vm = probe("probe.task=blk probe.write=1 probe.discard=1")
             .drive("data", &disk, false)
             .set("/drives/0/cache_type", serde_json::json!("Writeback"))
             .set("/drives/0/io_engine", serde_json::json!("Async"));
@@ -198,7 +196,7 @@ fn the_ring_serves_what_the_thread_does() {
 fn every_queue_works() {
     for engine in ["Sync", "Async"] {
         let machine = |queue: u16| {
-            let vm = Vm::probe(&format!("probe.task=blk probe.queue={queue}"));
+            let vm = probe(&format!("probe.task=blk probe.queue={queue}"));
             let disk = vm.path("disk");
             pattern_disk(&disk, 64).unwrap();
             vm.drive("data", &disk, true)
@@ -228,13 +226,13 @@ fn machines_share_an_image_and_keep_what_they_write_apart() {
         path
     };
     let machine = |layer: &std::path::Path, task: &str| {
-        Vm::probe(task)
+        probe(task)
             .drive("data", &disk, true)
             .layer(layer, 1)
             .set("/drives/0/cache_type", serde_json::json!("Writeback"))
     };
     let (one, two) = (layer("one"), layer("two"));
-    let idle = Vm::kernel(&bin("casemate-probe"), "idle acpi=off")
+    let idle = probe("idle")
         .drive("data", &disk, true)
         .layer(&two, 1)
         .start()

@@ -5,7 +5,8 @@ use std::io::{BufRead, BufReader, Read, Write};
 use std::process::Stdio;
 use std::time::{Duration, Instant};
 
-use casemate_tests::{Vm, exit, pattern_disk, pattern_word};
+use super::probe;
+use casemate_tests::{exit, pattern_disk, pattern_word};
 use nix::pty::openpty;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -14,7 +15,7 @@ use rustix::termios::{Winsize, tcsetwinsize};
 #[test]
 fn speaks_and_listens() {
     for jailed in [true, false] {
-        let mut vm = Vm::probe("probe.task=console").console();
+        let mut vm = probe("probe.task=console").console();
         if !jailed {
             vm = vm.unjailed();
         }
@@ -38,7 +39,7 @@ fn speaks_and_listens() {
 /// What is typed before a driver listens to the console goes to the serial port, not to both.
 #[test]
 fn the_serial_port_listens_where_the_console_has_no_driver() {
-    let mut running = Vm::probe("probe.task=serial").console().start().unwrap();
+    let mut running = probe("probe.task=serial").console().start().unwrap();
     running.wait_for_line("probe: type a line").unwrap();
     running.write(b"to COM1\n").unwrap();
     running.wait().unwrap().assert_line("probe: heard to COM1");
@@ -47,7 +48,7 @@ fn the_serial_port_listens_where_the_console_has_no_driver() {
 #[test]
 fn a_reader_that_stops_reading_neither_stops_the_guest_nor_fills_the_host() {
     const FLOOD: u64 = 4096 << 10;
-    let vm = Vm::probe("probe.task=console probe.flood=4096").console();
+    let vm = probe("probe.task=console probe.flood=4096").console();
     let dir = tempfile::tempdir().unwrap();
     let disk = dir.path().join("disk");
     pattern_disk(&disk, 8).unwrap();
@@ -100,7 +101,7 @@ fn a_terminal_is_as_large_in_the_guest() {
     let terminal = openpty(None, None).unwrap();
     let (ours, theirs) = (File::from(terminal.master), File::from(terminal.slave));
     resize(&ours, 120, 40);
-    let vm = Vm::probe("probe.task=console probe.resize=1").console();
+    let vm = probe("probe.task=console probe.resize=1").console();
     let vm = vm.unjailed();
     let mut command = vm.command().unwrap();
     command.stdin(theirs).stdout(Stdio::piped());

@@ -1,12 +1,13 @@
 //! virtio-mem against the probe's driver: memory comes and goes, and what is not there costs nothing.
 
+use super::probe;
 use casemate_tests::{Running, Vm, exit, resident_mib};
 use serde_json::json;
 
 const MIB: u64 = 64;
 
 fn mem(args: &str) -> Vm {
-    Vm::probe(&format!("probe.task=mem {args}")).set(
+    probe(&format!("probe.task=mem {args}")).set(
         "/memory-hotplug",
         json!({ "total_size_mib": 256, "requested_size_mib": MIB }),
     )
@@ -77,7 +78,7 @@ fn sizes_that_make_no_sense_are_refused() {
             "requested_size_mib",
         ),
     ] {
-        Vm::probe("probe.task=mem")
+        probe("probe.task=mem")
             .set("/memory-hotplug", hotplug)
             .assert_refused(exit::BAD_INPUT, &[field]);
     }

@@ -3,7 +3,8 @@
 use std::fs::OpenOptions;
 use std::path::{Path, PathBuf};
 
-use casemate_tests::{Running, Vm, bin, exit, pattern_disk, pattern_word};
+use super::probe;
+use casemate_tests::{Running, Vm, exit, pattern_disk, pattern_word};
 use nix::sys::signal::Signal;
 use nix::unistd::Pid;
 use serde_json::json;
@@ -20,15 +21,15 @@ fn file() -> (tempfile::TempDir, PathBuf) {
     (dir, path)
 }
 
-fn probe(options: &str, path: &Path, read_only: bool) -> Vm {
-    Vm::probe(&format!("probe.task=pmem probe.len={LEN} {options}")).pmem("mem", path, read_only)
+fn pmem(options: &str, path: &Path, read_only: bool) -> Vm {
+    probe(&format!("probe.task=pmem probe.len={LEN} {options}")).pmem("mem", path, read_only)
 }
 
 #[test]
 fn the_guest_reads_what_the_file_holds() {
     let (_dir, path) = file();
     for (read_only, jailed) in [(true, true), (false, true), (true, false), (false, false)] {
-        let mut vm = probe("", &path, read_only);
+        let mut vm = pmem("", &path, read_only);
         if !jailed {
             vm = vm.unjailed();
         }
@@ -42,7 +43,7 @@ fn the_guest_reads_what_the_file_holds() {
 #[test]
 fn what_the_guest_writes_is_in_the_file() {
     let (_dir, path) = file();
-    let done = probe("probe.write=1", &path, false).run().unwrap();
+    let done = pmem("probe.write=1", &path, false).run().unwrap();
     done.assert_line("probe: pmem ok");
     let bytes = std::fs::read(&path).unwrap();
     assert_eq!(bytes.len() as u64, LEN);
@@ -58,7 +59,7 @@ fn what_the_guest_writes_is_in_the_file() {
 fn a_guest_that_may_only_read_writes_nothing() {
     let (_dir, path) = file();
     let before = std::fs::read(&path).unwrap();
-    let done = probe("probe.write=1", &path, true).run().unwrap();
+    let done = pmem("probe.write=1", &path, true).run().unwrap();
     done.assert_line("probe: pmem FAIL: the memory does not take a write");
     assert!(std::fs::read(&path).unwrap() == before);
 }
@@ -69,7 +70,7 @@ fn several_lie_one_above_the_other() {
     let small = path.with_file_name("small");
     std::fs::write(&small, [1]).unwrap();
     let task = format!("probe.task=pmem probe.device=1 probe.len={LEN}");
-    let vm = Vm::probe(&task).pmem("small", &small, true);
+    let vm = probe(&task).pmem("small", &small, true);
     let done = vm.pmem("mem", &path, true).run().unwrap();
     done.assert_line("probe: pmem at 0x100200000, 4194304 bytes");
     done.assert_line("probe: pmem ok");
@@ -78,7 +79,7 @@ fn several_lie_one_above_the_other() {
 #[test]
 fn the_device_touches_no_memory_of_its_own() {
     let (_dir, path) = file();
-    let done = probe("probe.inside=1", &path, false).run().unwrap();
+    let done = pmem("probe.inside=1", &path, false).run().unwrap();
     done.assert_line("probe: pmem ok");
     assert!(done.stderr.contains("not guest memory"), "{done:#?}");
 }
@@ -88,7 +89,7 @@ fn the_device_touches_no_memory_of_its_own() {
 fn a_file_that_is_cut_off_is_a_named_end() {
     for (read_only, jailed) in [(true, true), (false, true), (true, false)] {
         let (_dir, path) = file();
-        let mut vm = probe("probe.stay=1", &path, read_only);
+        let mut vm = pmem("probe.stay=1", &path, read_only);
         if !jailed {
             vm = vm.unjailed();
         }
@@ -109,13 +110,13 @@ fn what_is_no_memory_is_refused() {
     let dir = tempfile::tempdir().unwrap();
     let empty = dir.path().join("empty");
     std::fs::write(&empty, "").unwrap();
-    let vm = Vm::probe("").pmem("mem", &empty, true);
+    let vm = probe("").pmem("mem", &empty, true);
     vm.assert_refused(exit::BAD_INPUT, &["pmem mem", "it is empty"]);
     // More than a guest's addresses reach; the host has none of it.
     let huge = dir.path().join("huge");
     let file = std::fs::File::create(&huge).unwrap();
     if file.set_len(8 << 40).is_ok() {
-        let before = Vm::probe("").set("/machine-config/mem_size_mib", json!(128));
+        let before = probe("").set("/machine-config/mem_size_mib", json!(128));
         let done = before.pmem("mem", &huge, true).run().unwrap();
         assert!(
             done.code == exit::GUEST_RESET || done.stderr.lines().count() == 1,
@@ -137,24 +138,22 @@ fn end(running: Running) {
 #[test]
 fn a_file_has_one_writer_or_many_readers() {
     let (_dir, path) = file();
-    let machine = |args: &str, read_only| {
-        Vm::kernel(&bin("casemate-probe"), args).pmem("mem", &path, read_only)
-    };
+    let machine = |args: &str, read_only| probe(args).pmem("mem", &path, read_only);
     for (first, second) in [(true, false), (false, true), (false, false)] {
-        let running = machine("idle acpi=off", first).start().unwrap();
+        let running = machine("idle", first).start().unwrap();
         running.wait_for_line("probe: idle").unwrap();
         let words = ["pmem mem", "another machine uses its file"];
-        machine("acpi=off", second).assert_refused(exit::BAD_INPUT, &words);
+        machine("", second).assert_refused(exit::BAD_INPUT, &words);
         end(running);
-        machine("acpi=off", second)
+        machine("", second)
             .run()
             .unwrap()
             .assert_line("probe: boot ok");
     }
     // A drive of the same file counts, too.
-    let running = machine("idle acpi=off", true).start().unwrap();
+    let running = machine("idle", true).start().unwrap();
     running.wait_for_line("probe: idle").unwrap();
-    let drive = Vm::probe("").drive("data", &path, false);
+    let drive = probe("").drive("data", &path, false);
     drive.assert_refused(exit::BAD_INPUT, &["drive data", "another machine uses"]);
     end(running);
 }
@@ -164,7 +163,7 @@ fn a_file_has_one_writer_or_many_readers() {
 fn machines_share_the_pages_of_one_file() {
     let (_dir, path) = file();
     let machine = || {
-        probe("probe.stay=1", &path, true)
+        pmem("probe.stay=1", &path, true)
             .unjailed()
             .start()
             .unwrap()

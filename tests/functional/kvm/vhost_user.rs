@@ -1,11 +1,12 @@
 //! Devices whose work another process does: real back-ends from Debian's packages.
 
+use super::probe;
 use casemate_tests::{Share, Vm, exit, pattern_disk, pattern_word, storage_daemon, virtiofsd};
 use serde_json::json;
 use std::path::Path;
 
 fn vm(task: &str, socket: &Path) -> Vm {
-    Vm::probe(task).back_end("drives", json!({ "drive_id": "data", "queues": 4 }), socket)
+    probe(task).back_end("drives", json!({ "drive_id": "data", "queues": 4 }), socket)
 }
 
 #[test]
@@ -77,7 +78,7 @@ fn a_directory_of_virtiofsd_is_looked_into() {
         std::fs::write(shared.join("hello"), [7; 1234]).unwrap();
         let _back_end = virtiofsd(&shared, how, &socket).unwrap();
         let fs = json!({ "tag": "host" });
-        let mut machine = Vm::probe("probe.task=fs").back_end("fs", fs, &socket);
+        let mut machine = probe("probe.task=fs").back_end("fs", fs, &socket);
         if !jailed {
             machine = machine.unjailed();
         }

@@ -31,7 +31,7 @@ const APIC_ON: u32 = 0x1ff;
 const APIC_REQUESTED: u64 = APIC + 0x200;
 const FIRST_VECTOR: u32 = 0x40;
 /// One MSI-X vector for the configuration, and one for each of so many queues.
-const VECTORS: usize = 4;
+const VECTORS: usize = 9;
 
 /// The common configuration structure.
 mod reg {

@@ -4,12 +4,22 @@
     reason = "a test says what a device does, whatever it is attached to"
 )]
 
+#[path = "../balloon.rs"]
+mod balloon;
 #[path = "../block.rs"]
 mod block;
+#[path = "../console.rs"]
+mod console;
 #[path = "../entropy.rs"]
 mod entropy;
+#[path = "../mem.rs"]
+mod mem;
 #[path = "../net.rs"]
 mod net;
+#[path = "../pmem.rs"]
+mod pmem;
+#[path = "../vhost_user.rs"]
+mod vhost_user;
 #[path = "../vsock.rs"]
 mod vsock;
 
