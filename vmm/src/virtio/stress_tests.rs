@@ -1,4 +1,4 @@
-//! A hostile guest: two vCPUs do to every device at once what a driver would and would not, while
+//! A hostile guest: two vCPUs do to every device at once what a driver would and would not, over MMIO and over PCI, while
 //! programs on the host come and go. Nothing may panic, hang or make a system call that a sealed
 //! thread may not make, and every device must work after a reset. `CASEMATE_STRESS_SECONDS` makes it last longer.
 
@@ -13,15 +13,12 @@ use std::thread::spawn;
 use std::time::{Duration, Instant};
 
 use vm_memory::{Bytes as _, GuestAddress};
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::block::{Block, BlockOptions, CacheType};
 use super::device::VirtioDevice;
 use super::testing::{DATA, Driver, END, INDIRECT, NEXT, WRITE, memory};
-use super::{
-    Balloon, BalloonOptions, DeviceWorker, Entropy, Mem, MemOptions, MmioTransport, net, vsock,
-};
-use crate::bus::BusDevice as _;
+use super::transport::registers::{self, Attached, Registers};
+use super::{Balloon, BalloonOptions, DeviceWorker, Entropy, Mem, MemOptions, net, vsock};
 use crate::lockdown::{self, Role, Stage};
 use crate::memory::{GuestMemory, add_hotplug};
 
@@ -59,20 +56,10 @@ impl Random {
 struct Vcpu {
     random: Random,
     memory: GuestMemory,
-    devices: Vec<Arc<MmioTransport>>,
+    devices: Vec<Arc<dyn Registers>>,
 }
 
 impl Vcpu {
-    fn register(&self, device: usize, offset: u64, value: u32) {
-        self.devices[device].write(offset, &value.to_le_bytes());
-    }
-
-    fn status(&self, device: usize) -> u32 {
-        let mut data = [0; 4];
-        self.devices[device].read(0x70, &mut data);
-        u32::from_le_bytes(data)
-    }
-
     fn driver(&self, device: usize, queue: u64) -> Driver {
         let index = device as u64 * QUEUES + queue;
         Driver::new(&self.memory, index as u16, SIZE)
@@ -86,36 +73,25 @@ impl Vcpu {
     /// Starts a device as a driver does; `honest`, or with rings anywhere.
     fn start(&mut self, device: usize, honest: bool) {
         let features = if honest { 0 } else { self.random.next() as u32 };
+        let registers = Arc::clone(&self.devices[device]);
+        registers.reach();
         for status in [0, 1, 3] {
-            self.register(device, 0x70, status);
+            registers.set_status(status);
         }
         for page in [0, 1] {
-            self.register(device, 0x14, page);
-            let mut offered = [0; 4];
-            self.devices[device].read(0x10, &mut offered);
-            let offered = u32::from_le_bytes(offered);
-            self.register(device, 0x24, page);
-            let accepted = if page == 1 { 1 } else { offered & features };
-            self.register(device, 0x20, accepted);
+            let offered = registers.offered(page);
+            registers.accept(page, if page == 1 { 1 } else { offered & features });
         }
-        self.register(device, 0x70, 11);
+        registers.set_status(11);
         for queue in 0..QUEUES {
             let state = self.driver(device, queue).state;
-            self.register(device, 0x30, queue as u32);
-            self.register(device, 0x38, u32::from(SIZE));
-            for (offset, place) in [
-                (0x80, state.descriptors),
-                (0x90, state.available),
-                (0xa0, state.used),
-            ] {
+            let areas = [state.descriptors, state.available, state.used].map(|place| {
                 let wild = !honest && self.random.below(64) == 0;
-                let place = if wild { self.random.edge() } else { place };
-                self.register(device, offset, place as u32);
-                self.register(device, offset + 4, (place >> 32) as u32);
-            }
-            self.register(device, 0x44, 1);
+                if wild { self.random.edge() } else { place }
+            });
+            registers.set_up_queue(queue as u16, SIZE, areas);
         }
-        self.register(device, 0x70, 15);
+        registers.set_status(15);
     }
 
     /// Something that a device may take for a header.
@@ -205,28 +181,26 @@ impl Vcpu {
         if self.random.below(500) == 0 {
             driver.set_available_index(self.random.next() as u16);
         }
-        self.register(device, 0x50, queue as u32);
+        self.devices[device].ring(queue as u16);
     }
 
     fn act(&mut self) {
         let device = self.random.below(self.devices.len() as u64) as usize;
         let queue = self.random.below(QUEUES);
+        let registers = Arc::clone(&self.devices[device]);
         match self.random.below(64) {
-            0 | 1 => self.register(device, 0x70, 0),
+            0 | 1 => registers.set_status(0),
             2..=5 => self.start(device, false),
             6..=8 => {
                 let value = self.random.next().to_le_bytes();
-                let offset = self
-                    .random
-                    .one(&[0x70, 0x64, 0x44, 0x30, 0x38, 0x80, 0x100, 0x50]);
-                let offset = offset + self.random.below(3);
+                let offset = self.random.one(registers.places()) + self.random.below(3);
                 let len = self.random.below(9) as usize;
-                self.devices[device].write(offset, &value[..len]);
+                registers.write(offset, &value[..len]);
             }
             9 => {
                 let len = self.random.below(9) as usize;
                 let offset = self.random.edge();
-                self.devices[device].read(offset, &mut [0; 8][..len]);
+                registers.read(offset, &mut [0; 8][..len]);
             }
             10 => {
                 let ring = self.driver(device, queue).state.descriptors;
@@ -234,7 +208,7 @@ impl Vcpu {
                 let at = ring + self.random.below(0x4000);
                 self.put(at, &bytes);
             }
-            11 if self.status(device) & 64 != 0 => self.start(device, false),
+            11 if registers.status() & 64 != 0 => self.start(device, false),
             _ => self.offer(device, queue),
         }
     }
@@ -278,9 +252,21 @@ fn connect(path: &Path) -> nix::Result<UnixStream> {
 }
 
 #[test]
-fn no_guest_and_no_host_can_break_the_devices() {
+fn no_guest_and_no_host_can_break_the_devices_on_mmio() {
+    let name = "virtio::stress_tests::no_guest_and_no_host_can_break_the_devices_on_mmio";
+    stress(name, registers::mmio);
+}
+
+#[test]
+fn no_guest_and_no_host_can_break_the_devices_on_pci() {
+    let name = "virtio::stress_tests::no_guest_and_no_host_can_break_the_devices_on_pci";
+    stress(name, registers::pci);
+}
+
+/// `attach` puts a device where its driver reaches it.
+fn stress(test: &str, attach: fn(&dyn VirtioDevice, &GuestMemory) -> Attached) {
     // A violation of a filter ends the process.
-    if !crate::testing::alone("virtio::stress_tests::no_guest_and_no_host_can_break_the_devices") {
+    if !crate::testing::alone(test) {
         return;
     }
     lockdown::install_violation_reporter().unwrap();
@@ -327,12 +313,9 @@ fn no_guest_and_no_host_can_break_the_devices() {
     let devices: Vec<_> = all
         .into_iter()
         .map(|device| {
-            let irq = EventFd::new(EFD_NONBLOCK).unwrap();
-            let transport = MmioTransport::new(device.as_ref(), memory.clone(), irq).unwrap();
-            worker
-                .add(Arc::clone(transport.endpoint()), device)
-                .unwrap();
-            transport
+            let (registers, endpoint) = attach(device.as_ref(), &memory);
+            worker.add(endpoint, device).unwrap();
+            registers
         })
         .collect();
     spawn(move || {
@@ -388,7 +371,8 @@ fn no_guest_and_no_host_can_break_the_devices() {
             devices,
         };
         for device in 0..vcpu.devices.len() {
-            vcpu.register(device, 0x70, 0);
+            vcpu.devices[device].reach();
+            vcpu.devices[device].set_status(0);
             vcpu.put(
                 vcpu.driver(device, 0).state.descriptors,
                 &[0; QUEUES as usize * 0x4000],
@@ -396,7 +380,7 @@ fn no_guest_and_no_host_can_break_the_devices() {
         }
         for device in 0..vcpu.devices.len() {
             vcpu.start(device, true);
-            assert_eq!(vcpu.status(device), 15, "device {device}");
+            assert_eq!(vcpu.devices[device].status(), 15, "device {device}");
         }
         let mut disk = vcpu.driver(0, 0);
         vcpu.put(DATA, &[8, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]);
@@ -405,10 +389,10 @@ fn no_guest_and_no_host_can_break_the_devices() {
             (DATA + 64, 20, true),
             (DATA + 128, 1, true),
         ]);
-        vcpu.register(0, 0x50, 0);
+        vcpu.devices[0].ring(0);
         let mut entropy = vcpu.driver(1, 0);
         entropy.add(&[(DATA + 256, 32, true)]);
-        vcpu.register(1, 0x50, 0);
+        vcpu.devices[1].ring(0);
         for driver in [&mut disk, &mut entropy] {
             while driver.used().is_none() {
                 std::thread::sleep(Duration::from_millis(1));

@@ -7,4 +7,6 @@ pub mod mmio;
 pub mod pci;
 
 #[cfg(test)]
+pub(crate) mod registers;
+#[cfg(test)]
 pub(crate) mod testing;
