@@ -27,7 +27,7 @@ pub use kernels::broken_kernels;
 pub use netns::Netns;
 pub use placement::{cpus_of_thread, memory_nodes};
 pub use process::{Finished, Running, resident_mib};
-pub use run::{Casemate, kernel_file, packaged_kernel, rootfs};
+pub use run::{Casemate, kernel_file, modules, packaged_kernel, rootfs};
 pub use vm::{Vm, bin, bin_dir};
 
 use std::sync::atomic::{AtomicU32, Ordering};

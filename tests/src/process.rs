@@ -96,9 +96,18 @@ fn read_all(source: impl Read, output: &Output) {
 
 impl Running {
     /// Starts `command` with its output captured and its input from a pipe.
-    pub fn start(mut command: Command, keep: Option<tempfile::TempDir>) -> Result<Self> {
+    pub fn start(command: Command, keep: Option<tempfile::TempDir>) -> Result<Self> {
+        Self::start_with_input(command, Stdio::piped(), keep)
+    }
+
+    /// The same, with its input from `input`.
+    pub fn start_with_input(
+        mut command: Command,
+        input: Stdio,
+        keep: Option<tempfile::TempDir>,
+    ) -> Result<Self> {
         command
-            .stdin(Stdio::piped())
+            .stdin(input)
             .stdout(Stdio::piped())
             .stderr(Stdio::piped());
         let mut child = command
@@ -205,6 +214,20 @@ impl Running {
             .lock()
             .map(|text| text.0.clone())
             .unwrap_or_default()
+    }
+
+    /// What it has said so far, all of it if it has just ended: for the message of a test that fails.
+    pub fn said(&self) -> String {
+        let of = |output: &Output| {
+            let Ok(text) = output.text.lock() else {
+                return String::new();
+            };
+            let ended = |text: &mut (String, bool)| !text.1;
+            let second = Duration::from_secs(1);
+            let waited = output.grew.wait_timeout_while(text, second, ended);
+            waited.map_or_else(|_| String::new(), |(text, _)| text.0.clone())
+        };
+        format!("{}\n{}", of(&self.stdout), of(&self.stderr))
     }
 
     /// Waits for its end.

@@ -1,5 +1,6 @@
 //! `casemate` as a user runs it, with kernels and a root file system from the environment.
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -7,6 +8,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use anyhow::{Context, Result};
 use tempfile::TempDir;
 
+use crate::leftovers::below;
 use crate::process::{Finished, Running};
 use crate::unique_id;
 use crate::vm::bin;
@@ -29,6 +31,41 @@ pub fn kernel_file(name: &str) -> PathBuf {
         .join("kernels")
         .join(name)
         .join("vmlinux")
+}
+
+/// The modules of the cloud kernel called `names`, each with those that it depends on before it; an error names what
+/// is missing.
+pub fn modules(names: &[&str]) -> Result<Vec<PathBuf>> {
+    let directory = from_environment("CASEMATE_DATA_DIR").join("kernels/cloud/modules");
+    let files = below(&directory);
+    let mut order = Vec::new();
+    for name in names {
+        add_module(name, &files, &mut order)?;
+    }
+    Ok(order)
+}
+
+fn add_module(name: &str, files: &BTreeSet<PathBuf>, order: &mut Vec<PathBuf>) -> Result<()> {
+    let normal = |name: &str| name.replace('-', "_");
+    let is_it = |path: &&PathBuf| {
+        let stem = path.file_stem().unwrap_or_default().to_string_lossy();
+        path.extension().is_some_and(|end| end == "ko") && normal(&stem) == normal(name)
+    };
+    let file = files.iter().find(is_it);
+    let file = file.with_context(|| format!("the kernel has no module {name}"))?;
+    if order.contains(file) {
+        return Ok(());
+    }
+    let bytes = std::fs::read(file)?;
+    let line = bytes.split(|byte| *byte == 0);
+    let depends = line.filter_map(|line| std::str::from_utf8(line).ok()?.strip_prefix("depends="));
+    for other in depends.flat_map(|list| list.split(',')) {
+        if !other.is_empty() {
+            add_module(other, files, order)?;
+        }
+    }
+    order.push(file.clone());
+    Ok(())
 }
 
 /// A kernel's bzImage, as the distribution packages it.

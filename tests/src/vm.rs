@@ -38,12 +38,23 @@ pub fn bin(name: &str) -> PathBuf {
     bin_dir().join(name)
 }
 
+/// Who configures the machine.
+#[derive(Clone, Copy, PartialEq)]
+enum Api {
+    /// The config file, and nobody afterwards.
+    None,
+    /// The config file; clients of the API afterwards.
+    Afterwards,
+    /// Clients of the API.
+    Alone,
+}
+
 /// A microVM to be.
 pub struct Vm {
     dir: TempDir,
     config: Value,
     jailed: bool,
-    api: bool,
+    api: Api,
     id: String,
     uid: u32,
     grants: Vec<(&'static str, String)>,
@@ -74,7 +85,7 @@ impl Vm {
             }),
             dir,
             jailed: true,
-            api: false,
+            api: Api::None,
             id: unique_id("test"),
             uid: unique_uid(),
             grants: vec![("--grant-ro", kernel)],
@@ -99,7 +110,22 @@ impl Vm {
     /// With the API on [`Vm::api_path`] and no config file: its clients configure it.
     #[must_use]
     pub fn api(mut self) -> Self {
-        self.api = true;
+        self.api = Api::Alone;
+        self
+    }
+
+    /// Started by its config file, and with the API on [`Vm::api_path`] from then on.
+    #[must_use]
+    pub fn served(mut self) -> Self {
+        self.api = Api::Afterwards;
+        self
+    }
+
+    /// With one more file that may be read and written, for requests to name.
+    #[must_use]
+    pub fn may_open(mut self, path: &Path) -> Self {
+        let path = path.to_string_lossy().into_owned();
+        self.grants.push(("--grant-rw", path));
         self
     }
 
@@ -284,7 +310,8 @@ impl Vm {
     /// The command that starts it; the config is written to the test's directory.
     pub fn command(&self) -> Result<Command> {
         let config = self.path("config.json");
-        if !self.api {
+        let has_config = self.api != Api::Alone;
+        if has_config {
             let text = self.config.to_string();
             std::fs::write(&config, text).context("writing the machine config")?;
         }
@@ -298,25 +325,27 @@ impl Vm {
             for (flag, value) in &self.grants {
                 command.args([*flag, value]);
             }
-            if !self.api {
+            if has_config {
                 let grant = format!("config={}", config.display());
                 command.args(["--grant-ro", &grant]);
             }
             command.args(&self.jailer_args);
             command.arg("--");
-            if self.api {
-                command.arg("--api-sock").arg(self.api_path());
-            } else {
-                command.args(["--no-api", "--config-file", "config"]);
-            }
         } else {
             command = Command::new(bin("casemate-vmm"));
             command.args(["--id", &self.id]);
-            if self.api {
-                command.arg("--api-sock").arg(self.api_path());
+        }
+        match self.api {
+            Api::None => command.arg("--no-api"),
+            Api::Afterwards | Api::Alone => command.arg("--api-sock").arg(self.api_path()),
+        };
+        if has_config {
+            let name = if self.jailed {
+                Path::new("config")
             } else {
-                command.args(["--no-api", "--config-file"]).arg(&config);
-            }
+                &config
+            };
+            command.arg("--config-file").arg(name);
         }
         command.args(&self.vmm_args);
         Ok(command)

@@ -4,6 +4,8 @@ mod cgroups;
 mod devices;
 mod discard;
 mod ending;
+mod every_device;
+mod guest;
 mod images;
 mod machine;
 mod memory;
