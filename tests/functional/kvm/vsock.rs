@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use super::probe;
 use casemate_tests::{Finished, Running};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
 fn connect(path: &Path, port: u32) -> (UnixStream, String) {
     let mut stream = UnixStream::connect(path).unwrap();
@@ -165,4 +166,56 @@ fn the_guest_is_refused_where_nobody_listens() {
     let vm = probe("probe.task=vsock-connect probe.port=1024").vsock();
     let done = vm.run().unwrap();
     done.assert_line("probe: vsock-connect FAIL: the host refused the connection");
+}
+
+/// Through the jail, with its bound of descriptors, in both directions; between them peers that vanish.
+#[test]
+fn a_thousand_connections_are_open_at_once() {
+    const COUNT: usize = 1000;
+    let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
+    setrlimit(Resource::RLIMIT_NOFILE, soft.max(8192).min(hard), hard).unwrap();
+    let vm = probe(&format!(
+        "probe.task=vsock-many probe.port=52 probe.count={COUNT}"
+    ))
+    .vsock();
+    let path = vm.vsock_path();
+    let listening = format!("{}_53", path.display());
+    let listener = UnixListener::bind(&listening).unwrap();
+    std::fs::set_permissions(&listening, std::fs::Permissions::from_mode(0o666)).unwrap();
+    let vm = vm.start().unwrap();
+    vm.wait_for_line("probe: listening on 52").unwrap();
+
+    for length in 0..64 {
+        // A host that vanishes, without a look at what comes back; a guest that does.
+        connect(&path, 54).0.write_all(&[7; 64][..length]).unwrap();
+        let (mut stream, _) = connect(&path, 54);
+        let data = [&[7; 64][..length], b"!"].concat();
+        stream.write_all(&data).unwrap();
+        let mut back = Vec::new();
+        let _ = stream.read_to_end(&mut back);
+        assert!(data.starts_with(&back), "{back:?}");
+    }
+
+    let streams: Vec<UnixStream> = (0..COUNT).map(|_| connect(&path, 52).0).collect();
+    vm.wait_for_line("probe: all are open").unwrap();
+    for (number, mut stream) in streams.iter().enumerate() {
+        write!(stream, "{number}").unwrap();
+        stream.shutdown(Shutdown::Write).unwrap();
+    }
+    for (number, stream) in streams.into_iter().enumerate() {
+        assert_eq!(
+            std::io::read_to_string(stream).unwrap(),
+            format!("{number}bye")
+        );
+    }
+
+    let streams: Vec<UnixStream> = (0..COUNT).map(|_| listener.accept().unwrap().0).collect();
+    vm.wait_for_line("probe: all are called").unwrap();
+    for mut stream in streams {
+        let line = std::io::read_to_string(&stream).unwrap();
+        assert_eq!(line, "line");
+        stream.write_all(line.as_bytes()).unwrap();
+    }
+    let done = vm.wait().unwrap();
+    done.assert_line("probe: vsock-many ok");
 }

@@ -13,7 +13,7 @@ use std::process::{Command, Stdio};
 use casemate_tests::{Netns, Running, Share, exit, storage_daemon, virtiofsd};
 use nix::pty::openpty;
 use nix::sys::signal::{Signal, kill};
-use nix::sys::socket::{MsgFlags, recv};
+use nix::sys::socket::{MsgFlags, recv, setsockopt, sockopt};
 use nix::unistd::Pid;
 use rustix::termios::{Winsize, tcsetwinsize};
 use serde_json::{Value, json};
@@ -73,6 +73,7 @@ fn every_device(pci: bool) {
     let base_before = make_files(&files, &shared);
     let netns = Netns::with_queues(Some("10.99.0.1/24"));
     let frames = netns.listen();
+    setsockopt(&frames, sockopt::RcvBufForce, &(16 * MIB)).unwrap();
     let _storage = storage_daemon(daemon, &path("blk.sock")).unwrap();
     let _fs = virtiofsd(&shared, Share::ToWrite, &path("fs.sock")).unwrap();
 

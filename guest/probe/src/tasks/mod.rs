@@ -41,6 +41,7 @@ pub fn run(name: &str, cmdline: &Cmdline) -> Result<(), Failure> {
         "rng" => rng::run(cmdline),
         "vsock" => vsock::echo(cmdline),
         "vsock-connect" => vsock::connect(cmdline),
+        "vsock-many" => vsock::many(cmdline),
         "mem" => mem::run(cmdline),
         "net" => net::run(cmdline),
         "pmem" => pmem::run(cmdline),

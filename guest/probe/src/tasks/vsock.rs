@@ -2,6 +2,10 @@
 //! has shut down its side. `vsock-connect`: connects to the host's port N, says `hello`, and
 //! echoes likewise.
 
+mod many;
+
+pub use many::run as many;
+
 use super::Failure;
 use crate::cmdline::Cmdline;
 use crate::machine::wait_for;
