@@ -467,3 +467,20 @@ fn requests_and_what_devices_move_are_counted() {
         );
     }
 }
+
+/// As Firecracker's clients expect it; a guest that shall shut down is asked by `SendCtrlAltDel`.
+#[test]
+fn a_machine_that_a_request_started_ends_at_the_first_signal() {
+    for vm in both(|| Vm::probe("probe.task=spin")) {
+        let config = vm.config().clone();
+        let mut machine = Machine::new(vm);
+        machine.describe(&config);
+        machine.start();
+        machine.vm.wait_for_line("probe: spin").unwrap();
+        let told = std::time::Instant::now();
+        machine.vm.signal(Signal::SIGTERM).unwrap();
+        assert_eq!(machine.vm.wait().unwrap().code, exit::ENDED_BY_HOST);
+        // Not after the time that a guest from a config file has to shut down.
+        assert!(told.elapsed().as_secs() < 4, "{:?}", told.elapsed());
+    }
+}

@@ -74,6 +74,9 @@ pub struct Control {
     input: Input,
     /// When the machine is ended by force.
     deadline: Option<Instant>,
+    /// Whether the first signal presses the power button. Clients that start a machine by a request have one for
+    /// that (`SendCtrlAltDel`), and expect a signal to end the VMM.
+    button_first: bool,
     metrics: Reporter,
 }
 
@@ -103,6 +106,7 @@ impl Control {
             signals: signals.map_err(failed("make a signalfd"))?,
             input: Input::new(),
             deadline: None,
+            button_first: true,
             metrics,
         })
     }
@@ -134,6 +138,7 @@ impl Control {
         let machine = if start_now {
             api.start()?
         } else {
+            self.button_first = false;
             match self.configure(&mut api)? {
                 Some(machine) => machine,
                 None => return Ok(End::ByHost),
@@ -291,8 +296,8 @@ impl Control {
             .is_some_and(|signal| i32::try_from(signal.ssi_signo) != Ok(Signal::SIGWINCH as i32)))
     }
 
-    /// The first signal presses the power button, the second ends the machine. A terminal of another size
-    /// is no reason for either.
+    /// The first signal presses the power button, the second ends the machine; the first does where the machine
+    /// was started by a request. A terminal of another size is no reason for either.
     fn on_signal(&mut self, panel: &Panel) -> Result<(), Error> {
         while let Some(signal) = self
             .signals
@@ -307,7 +312,7 @@ impl Control {
             }
             let now = Instant::now();
             // Act first: a log that nobody reads must not keep the machine from its end.
-            if self.deadline.is_none() {
+            if self.deadline.is_none() && self.button_first {
                 panel.acpi.press_power_button();
                 self.deadline = Some(now.checked_add(GRACE).unwrap_or(now));
                 info!(
