@@ -51,6 +51,7 @@ mod metrics;
 mod mmds;
 mod net;
 mod numa;
+pub(crate) mod objects;
 mod pmem;
 mod rate_limiter;
 mod serial;
@@ -177,7 +178,7 @@ impl Config {
     /// # Errors
     /// See [`Error`]; each says which field and what to do.
     pub fn from_json(text: &[u8]) -> Result<Self, Error> {
-        let config: Self = serde_json::from_slice(text)?;
+        let config: Self = objects::from_slice(text)?;
         config.boot_source.check()?;
         config.check()?;
         Ok(config)

@@ -8,7 +8,9 @@ use super::action::{
     NetworkInterfaceUpdate, PmemUpdate, StartHinting,
 };
 use super::http::Method;
-use crate::config::{Drive, MachineConfig, MmdsConfig, MmdsVersion, NetworkInterface, Pmem, Vsock};
+use crate::config::{
+    Drive, MachineConfig, MmdsConfig, MmdsVersion, NetworkInterface, Pmem, Vsock, objects,
+};
 use crate::machine::devices::DeviceName;
 
 /// Why a request was not understood; all are answered by 400.
@@ -42,6 +44,9 @@ pub enum Error {
     /// No body where there must be one, or one that changes nothing.
     #[error("{0} needs a body that says what shall change")]
     NoBody(&'static str),
+    /// A body that is no object, whatever else it may be.
+    #[error("the body is refused: it is no JSON object")]
+    NoObject,
     /// Not JSON, a field that does not exist, one that is missing, or one of another type.
     #[error("the body is refused: {0}")]
     Json(#[from] serde_json::Error),
@@ -99,7 +104,11 @@ fn unknown(method: Method, path: &str) -> Error {
 }
 
 fn json<T: DeserializeOwned>(body: &[u8]) -> Result<T, Error> {
-    Ok(serde_json::from_slice(body)?)
+    // Metadata has no type that would say so.
+    if body.trim_ascii_start().first() != Some(&b'{') {
+        return Err(Error::NoObject);
+    }
+    Ok(objects::from_slice(body)?)
 }
 
 /// The device's name in the path.

@@ -228,7 +228,7 @@ fn everything_else_is_refused() {
     for (path, body, words) in [
         ("/entropy", r#"{"x":1}"#, "unknown field `x`"),
         ("/entropy", "{", "line 1"),
-        ("/entropy", "\u{fffd}", "line 1"),
+        ("/entropy", "\u{fffd}", "no JSON object"),
         ("/boot-source", "{}", "missing field `kernel_image_path`"),
         ("/actions", r#"{"action_type":"Explode"}"#, "Explode"),
         ("/vsock", r#"{"guest_cid":-1,"uds_path":"/v"}"#, "-1"),
@@ -236,5 +236,14 @@ fn everything_else_is_refused() {
         let why = refused(Put, path, body);
         assert!(why.contains(words) && !why.contains('\n'), "{why}");
     }
-    refused(Put, "/mmds", &"[".repeat(10_000));
+    for (method, path, body) in [
+        (Put, "/mmds", "[]"),
+        (Patch, "/mmds", " null"),
+        (Put, "/entropy", "[null]"),
+    ] {
+        let why = refused(method, path, body);
+        assert!(why.contains("no JSON object"), "{path}: {why}");
+    }
+    refused(Put, "/entropy", r#"{"rate_limiter":[null,null]}"#);
+    refused(Put, "/mmds", &format!(r#"{{"a":{}"#, "[".repeat(10_000)));
 }
