@@ -28,6 +28,7 @@ pub fn run(name: &str, cmdline: &Cmdline) -> Result<(), Failure> {
             crate::serial::line(format_args!("probe: spin"));
             machine::spin()
         }
+        "tick" => tick(),
         "cpuid" => cpuid::run(cmdline),
         "booted" => {
             machine::write8(machine::BOOT_TIMER, 123);
@@ -47,5 +48,20 @@ pub fn run(name: &str, cmdline: &Cmdline) -> Result<(), Failure> {
         "pmem" => pmem::run(cmdline),
         "pit" => pit::run(),
         _ => Err("no such task"),
+    }
+}
+
+/// Says again and again that it runs, so that a test can see when it does not.
+fn tick() -> ! {
+    // Some 50 ms at 3 GHz.
+    const PERIOD: u64 = 150_000_000;
+    let mut number = 0u64;
+    loop {
+        crate::serial::line(format_args!("probe: tick {number}"));
+        number = number.wrapping_add(1);
+        let start = machine::tsc();
+        while machine::tsc().wrapping_sub(start) < PERIOD {
+            core::hint::spin_loop();
+        }
     }
 }
