@@ -45,6 +45,13 @@ impl Netns {
         netns
     }
 
+    /// Has everything leave it by the tap, through a gateway that nobody has to be.
+    #[track_caller]
+    pub fn route_by(&self, gateway: &str) {
+        let route = ["route", "add", "default", "via", gateway, "dev", "tap0"];
+        ip(&[&["-n", &self.name][..], &route].concat());
+    }
+
     /// Where it can be entered.
     pub fn path(&self) -> String {
         format!("/var/run/netns/{}", self.name)

@@ -61,6 +61,24 @@ pub const ZSTD: Need = Need {
     reason: "the lab kernel's modules are compressed with it",
 };
 
+/// Python with what makes environments: a bare `python3` has `venv`, but no pip to put into one.
+pub const PYTHON_VENV: Need = Need {
+    files: &[
+        "/usr/lib/python3.11/ensurepip",
+        "/usr/lib/python3.12/ensurepip",
+        "/usr/lib/python3.13/ensurepip",
+        "/usr/lib/python3.14/ensurepip",
+    ],
+    package: "python3-venv",
+    reason: "real clients of the API are Python programs",
+};
+/// Python's nftables, with which an SDK makes the rules of a machine's network.
+pub const PYTHON_NFTABLES: Need = Need {
+    files: &["/usr/lib/python3/dist-packages/nftables"],
+    package: "python3-nftables",
+    reason: "an SDK that drives the VMM makes nftables rules",
+};
+
 /// Installs those packages of `needs` that are missing.
 ///
 /// # Errors

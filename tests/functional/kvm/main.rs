@@ -8,6 +8,7 @@ mod bad_input;
 mod balloon;
 mod block;
 mod boot;
+mod clients;
 mod console;
 mod ending;
 mod entropy;

@@ -5,6 +5,7 @@
 //! The tests beside the code are in the host tier; those of them that build jails or enter a VM are known by name.
 //! What cannot run on this host runs in the lab.
 
+mod clients;
 mod needs;
 mod programs;
 mod smoke;
@@ -203,6 +204,10 @@ fn environment(
     let mut env = vec![("CASEMATE_BIN_DIR".to_owned(), text(&artifacts.dir)?)];
     if tier == Tier::Host && arguments.full {
         guests::packages_for_tests()?;
+    }
+    if tier == Tier::Kvm {
+        let python = clients::python()?;
+        env.push(("CASEMATE_TEST_PYTHON".to_owned(), text(&python)?));
     }
     if tier == Tier::Linux {
         let place = workspace::target_dir().join("test");

@@ -1,0 +1,187 @@
+"""Holds the VMM to `docs/openapi.yaml`: does every operation of it, and checks each answer by it.
+
+After the start, first the document's own examples: they configure and start the machine, and each has to be done when
+its `x-when` says so. Then, and before the start only, schemathesis: its names and bodies are made from the document's
+schemas, some that fit them and some that do not, which have to be refused. Two runs send the same requests.
+"""
+
+import argparse
+import itertools
+import sys
+from collections import Counter, defaultdict
+
+import requests
+import schemathesis
+from schemathesis.cli import schemathesis as command_line
+
+from forwarder import forward
+
+CHECKS = [
+    "not_a_server_error",
+    "status_code_conformance",
+    "content_type_conformance",
+    "response_headers_conformance",
+    "response_schema_conformance",
+    "negative_data_rejection",
+]
+# What the walk through the examples excuses from being done, and why.
+EXCUSED = {
+    "before": {
+        "PUT /snapshot/load": "there are no snapshots yet",
+    },
+    "after": {
+        "PUT /snapshot/create": "there are no snapshots yet",
+        "PUT /drives/{drive_id}": "it is there already",
+        "PUT /pmem/{id}": "it is there already",
+        "PUT /network-interfaces/{iface_id}": "it is there already",
+        "PUT /vsock": "it is there already",
+        "DELETE /drives/{drive_id}": "without PCI there is no hot-unplug",
+        "DELETE /pmem/{id}": "without PCI there is no hot-unplug",
+        "DELETE /network-interfaces/{iface_id}": "without PCI there is no hot-unplug",
+        "DELETE /vsock": "without PCI there is no hot-unplug",
+        "PATCH /balloon/hinting/start": "the probe has no driver",
+        "PATCH /balloon/hinting/stop": "the probe has no driver",
+    },
+}
+START = "PUT /actions"
+
+
+class Book:
+    """What was asked, and how it was answered."""
+
+    def __init__(self, state):
+        self.state = state
+        self.answers = defaultdict(Counter)
+
+    def note(self, operation, response):
+        self.answers[operation.label][response.status_code] += 1
+        when = operation.definition.raw.get("x-when")
+        if {when, self.state} == {"before", "after"}:
+            assert response.status_code >= 400, f"{operation.label} was done, and is for {when} the start only"
+
+    def show(self):
+        print(f"{'operation':40} {'answers':>7}  by status code")
+        for label in sorted(self.answers, key=lambda label: label.split()[::-1]):
+            answers = self.answers[label]
+            shown = ", ".join(f"{count} x {status}" for status, count in sorted(answers.items()))
+            print(f"{label:40} {answers.total():7}  {shown}")
+
+
+class Conformance:
+    def __init__(self, document, url):
+        self.document, self.url = document, url
+        self.schema = schemathesis.openapi.from_path(document)
+        self.operations = [found.ok() for found in self.schema.get_all_operations()]
+        self.session = requests.Session()
+
+    def ask(self, operation, body=None):
+        """Does an operation with a body of the document's, and checks the answer."""
+        given = {"body": body, "media_type": "application/json"} if body is not None else {}
+        names = {name.definition["name"]: name.definition["example"] for name in operation.path_parameters}
+        case = operation.Case(path_parameters=names, **given)
+        response = case.call(base_url=self.url, session=self.session)
+        case.validate_response(response)
+        return response
+
+    def examples(self, operation):
+        """The document's bodies for an operation, by name; a single None where it has none."""
+        body = operation.definition.raw.get("requestBody")
+        if body is None:
+            return {"": None}
+        found = body["content"]["application/json"]["examples"]
+        return {name: example["value"] for name, example in found.items()}
+
+    def walk(self, now, guest_args):
+        """Does what can be done `before` or `after` the start, as the examples have it."""
+        # What is looked at or changed has to be there, and what goes goes last.
+        methods = ["put", "get", "patch", "delete"]
+        for operation in sorted(self.operations, key=lambda operation: methods.index(operation.method)):
+            if operation.definition.raw["x-when"] not in (now, "always"):
+                continue
+            for name, body in self.examples(operation).items():
+                if operation.label == START and (name == "start" or now == "before"):
+                    continue
+                if operation.label == "PUT /boot-source":
+                    body = body | {"boot_args": f"{guest_args} {body['boot_args']}"}
+                self.must_be_done(operation, body, now)
+
+    def must_be_done(self, operation, body, now):
+        response = self.ask(operation, body)
+        done = response.status_code < 300
+        said = f"{operation.label} {body}: {response.status_code} {response.text}"
+        assert done or operation.label in EXCUSED[now], said
+
+    def start(self):
+        operation = next(operation for operation in self.operations if operation.label == START)
+        self.must_be_done(operation, {"action_type": "InstanceStart"}, "before")
+
+    def undocumented(self):
+        """Methods that the document does not have must not be there."""
+        documented = {operation.label for operation in self.operations}
+        possible = itertools.product(
+            ["GET", "PUT", "PATCH", "DELETE"], sorted({operation.path for operation in self.operations})
+        )
+        for method, path in possible:
+            if f"{method} {path}" in documented:
+                continue
+            body = {"json": {}} if method in ("PUT", "PATCH") else {}
+            response = self.session.request(method, self.url + path.translate({ord(c): None for c in "{}"}), **body)
+            assert response.status_code == 400, f"{method} {path} is not in the document: {response.text}"
+            assert "no such operation" in response.json()["fault_message"], f"{method} {path}: {response.text}"
+
+    def fuzz(self, examples):
+        """Has schemathesis make requests, and returns how it ended."""
+        arguments = ["run", self.document, "--url", self.url, "--checks", ",".join(CHECKS)]
+        arguments += ["--phases", "examples,coverage,fuzzing", "--max-examples", str(examples)]
+        arguments += ["--generation-deterministic"]
+        arguments += ["--continue-on-failure", "--no-color", "--warnings", "off", "--suppress-health-check", "all"]
+        try:
+            command_line(arguments)
+        except SystemExit as end:
+            return end.code
+        return 0
+
+
+def count_answers(book):
+    @schemathesis.hook
+    def after_call(context, case, response):
+        book.note(case.operation, response)
+
+    @schemathesis.hook
+    def map_case(context, case):
+        """A device's name is the same in path and body, where the body is not wrong on purpose."""
+        if case.meta.generation.mode.is_positive and isinstance(case.body, dict):
+            names = case.path_parameters or {}
+            case.body.update({name: names[name] for name in names if isinstance(case.body.get(name), str)})
+        return case
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--document", required=True, help="openapi.yaml")
+    parser.add_argument("--socket", required=True, help="of a new VMM; with `--state before`, without a kernel")
+    parser.add_argument("--state", choices=["before", "after"], required=True, help="the start")
+    parser.add_argument("--guest-args", default="", help="put before the guest's command line")
+    parser.add_argument("--max-examples", type=int, default=10, help="for each operation")
+    arguments = parser.parse_args()
+
+    book = Book(arguments.state)
+    conformance = Conformance(arguments.document, forward(arguments.socket))
+    if arguments.state == "after":
+        conformance.walk("before", arguments.guest_args)
+        conformance.start()
+        conformance.walk("after", arguments.guest_args)
+    conformance.undocumented()
+    count_answers(book)
+    end = conformance.fuzz(arguments.max_examples)
+    book.show()
+    missing = {operation.label for operation in conformance.operations} - book.answers.keys()
+    assert not missing, f"not driven: {sorted(missing)}"
+    assert end == 0, f"schemathesis found something (exit code {end})"
+    state = conformance.session.get(conformance.url + "/").json()["state"]
+    assert (state == "Not started") == (arguments.state == "before"), state
+    print(f"conformance {arguments.state} the start ok")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
