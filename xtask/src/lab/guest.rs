@@ -308,12 +308,18 @@ fn pump(
 }
 
 /// Carries the host's frames to the command's standard input; an empty one closes it.
-fn forward_stdin(mut reader: File, stdin: Option<impl Write + Send + 'static>) {
-    let Some(mut stdin) = stdin else { return };
+fn forward_stdin(mut reader: File, mut stdin: Option<impl Write + Send + 'static>) {
     thread::spawn(move || {
-        while let Ok(Frame::Stdin(bytes)) = Frame::read(&mut reader) {
-            if bytes.is_empty() || stdin.write_all(&bytes).is_err() {
-                break;
+        while let Ok(frame) = Frame::read(&mut reader) {
+            match (frame, &mut stdin) {
+                (Frame::Stdin(bytes), Some(to)) => {
+                    if bytes.is_empty() || to.write_all(&bytes).is_err() {
+                        stdin = None;
+                    }
+                }
+                // Being woken was all.
+                (Frame::Nudge, _) | (Frame::Stdin(_), None) => {}
+                _ => break,
             }
         }
     });

@@ -17,6 +17,7 @@ use std::io::{self, ErrorKind, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ExitCode};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -41,6 +42,8 @@ pub const DEFAULT_MEMORY: u32 = 3072;
 
 /// The lab ticks every second; after so long without, it is hung. A busy host needs some room.
 pub const SILENCE: Duration = Duration::from_secs(60);
+/// How long a lab sleeps at most that has lost its timer's interrupt.
+const NUDGE: Duration = Duration::from_millis(500);
 /// It is up after about five seconds on an idle host.
 const BOOT: Duration = Duration::from_secs(120);
 
@@ -247,10 +250,10 @@ fn converse(
         .checked_add(job.timeout)
         .context("--timeout is too long")?;
     let mut bound = BOOT;
-    let mut sending = wire.try_clone()?;
-    let stdin = job.stdin;
+    let sending = Arc::new(Mutex::new(wire.try_clone()?));
+    let (nudging, stdin) = (Arc::clone(&sending), job.stdin);
     // Apart, because the lab reads only once it is up.
-    thread::spawn(move || send_input(&mut sending, spec, stdin));
+    thread::spawn(move || send_input(&sending, spec, stdin));
     loop {
         let left = end.saturating_duration_since(Instant::now());
         if left.is_zero() {
@@ -263,7 +266,11 @@ fn converse(
         }
         wire.set_read_timeout(Some(bound.min(left)))?;
         match Frame::read(&mut wire) {
-            Ok(Frame::Ready) => bound = job.silence,
+            Ok(Frame::Ready) => {
+                bound = job.silence;
+                let nudging = Arc::clone(&nudging);
+                thread::spawn(move || nudge(&nudging));
+            }
             Ok(Frame::Heartbeat) => {}
             Ok(Frame::Stdout(bytes)) => {
                 out.write_all(&bytes)?;
@@ -278,7 +285,9 @@ fn converse(
                 writeln!(err, "xtask: the lab: {}", String::from_utf8_lossy(&why))?;
                 return Ok(Outcome::Broken);
             }
-            Ok(Frame::Spec(_) | Frame::Stdin(_)) => bail!("the lab sent a frame of ours"),
+            Ok(Frame::Spec(_) | Frame::Stdin(_) | Frame::Nudge) => {
+                bail!("the lab sent a frame of ours")
+            }
             Err(error) if error.kind() == ErrorKind::WouldBlock => {
                 if bound <= left {
                     writeln!(
@@ -305,8 +314,8 @@ fn converse(
 
 /// Sends the command and, when asked, what arrives at our standard input. A write fails only
 /// when the lab has ended, which the reading side notices and reports.
-fn send_input(wire: &mut UnixStream, spec: Vec<u8>, stdin: bool) -> io::Result<()> {
-    Frame::Spec(spec).write(wire)?;
+fn send_input(wire: &Mutex<UnixStream>, spec: Vec<u8>, stdin: bool) -> io::Result<()> {
+    send(wire, &Frame::Spec(spec))?;
     if stdin {
         let mut buffer = vec![0; MAX_PAYLOAD];
         loop {
@@ -314,10 +323,23 @@ fn send_input(wire: &mut UnixStream, spec: Vec<u8>, stdin: bool) -> io::Result<(
             if length == 0 {
                 break;
             }
-            Frame::Stdin(buffer.iter().take(length).copied().collect()).write(wire)?;
+            let input = buffer.iter().take(length).copied().collect();
+            send(wire, &Frame::Stdin(input))?;
         }
     }
-    Frame::Stdin(Vec::new()).write(wire)
+    send(wire, &Frame::Stdin(Vec::new()))
+}
+
+/// See [`Frame::Nudge`]. It ends with the machine.
+fn nudge(wire: &Mutex<UnixStream>) {
+    while send(wire, &Frame::Nudge).is_ok() {
+        thread::sleep(NUDGE);
+    }
+}
+
+fn send(wire: &Mutex<UnixStream>, frame: &Frame) -> io::Result<()> {
+    let mut wire = wire.lock().unwrap_or_else(PoisonError::into_inner);
+    frame.write(&mut *wire)
 }
 
 fn spec(job: &Job, kernel: &LabKernel) -> Result<Spec> {

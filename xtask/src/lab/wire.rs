@@ -33,6 +33,10 @@ pub enum Frame {
     Spec(Vec<u8>),
     /// Host to lab: bytes for standard input; none at all closes it.
     Stdin(Vec<u8>),
+    /// Host to lab, again and again: nothing but an interrupt. QEMU's software emulator changes the set of
+    /// interrupts that wait for a processor from two threads without a lock when a nested guest exits
+    /// (`do_vmexit`), and can so lose the one of its only timer: the lab would sleep until the next one.
+    Nudge,
     /// Lab to host: everything is mounted, the command starts.
     Ready,
     /// Lab to host, every second: it is not hung.
@@ -56,6 +60,7 @@ impl Frame {
         let (kind, payload): (u8, &[u8]) = match self {
             Self::Spec(bytes) => (1, bytes),
             Self::Stdin(bytes) => (2, bytes),
+            Self::Nudge => (3, &[]),
             Self::Ready => (16, &[]),
             Self::Heartbeat => (17, &[]),
             Self::Stdout(bytes) => (18, bytes),
@@ -89,6 +94,7 @@ impl Frame {
         Ok(match (kind, payload.first()) {
             (1, _) => Self::Spec(payload),
             (2, _) => Self::Stdin(payload),
+            (3, _) => Self::Nudge,
             (16, _) => Self::Ready,
             (17, _) => Self::Heartbeat,
             (18, _) => Self::Stdout(payload),
