@@ -79,6 +79,10 @@ pub struct RunArgs {
     /// File system of an image given with --rootfs (never guessed from its content)
     #[arg(long, value_name = "TYPE", default_value = "erofs", value_parser = ["erofs", "ext4", "squashfs", "xfs", "btrfs"])]
     pub rootfs_type: String,
+    /// Keep what the machine writes to its root on a disk of its own of this size, not in its memory: a guest that
+    /// fills it sees a full disk. It goes with the machine
+    #[arg(long, value_name = "SIZE", value_parser = parse_memory_mib, conflicts_with = "bare")]
+    pub root_size: Option<u64>,
     /// Virtual CPUs, 1-32
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=32))]
     pub cpus: u8,

@@ -5,6 +5,7 @@ mod cli;
 mod doctor;
 mod inspect;
 mod kernels;
+mod layer;
 mod metrics;
 mod monitor;
 mod places;

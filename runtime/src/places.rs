@@ -55,6 +55,11 @@ impl Places {
         self.state.join("vms")
     }
 
+    /// The disk of a machine for what it writes to its root: not in memory, as the state may be.
+    pub fn layer(&self, id: &str) -> PathBuf {
+        self.data.join("layers").join(format!("{id}.img"))
+    }
+
     /// Directory of one machine.
     pub fn machine(&self, id: &str) -> PathBuf {
         self.machines().join(id)

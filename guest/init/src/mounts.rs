@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 const NEW_ROOT: &str = "/sysroot";
 /// The read-only file system below an overlay.
 const LOWER: &str = "/lower";
-/// The tmpfs that takes an overlay's writes.
+/// The file system that takes an overlay's writes.
 const UPPER: &str = "/upper";
 
 fn error(what: String, errno: Errno) -> Error {
@@ -75,7 +75,13 @@ pub fn root(device: &str, parameters: &Parameters, patience: Duration) -> Result
     let fs_type = &parameters.root_fs_type;
     if parameters.overlay {
         mount_device(device, LOWER, fs_type, MsFlags::MS_RDONLY)?;
-        mount_on("tmpfs", UPPER, "tmpfs", MsFlags::empty(), "mode=0755")?;
+        match &parameters.upper {
+            Some(device) => {
+                wait_for(device, patience)?;
+                mount_device(device, UPPER, "ext4", MsFlags::empty())?;
+            }
+            None => mount_on("tmpfs", UPPER, "tmpfs", MsFlags::empty(), "mode=0755")?,
+        }
         for directory in ["/upper/data", "/upper/work"] {
             make_directory(directory);
         }

@@ -9,6 +9,9 @@ pub const ROOT_FS_TYPE: &str = "casemate.rootfstype";
 /// `1`: the root is read-only below a writable overlay in memory.
 pub const OVERLAY: &str = "casemate.overlay";
 
+/// Block device with an ext4 that takes the overlay's writes, instead of memory.
+pub const UPPER: &str = "casemate.upper";
+
 /// What the host asked for on the kernel command line.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Parameters {
@@ -18,6 +21,8 @@ pub struct Parameters {
     pub root_fs_type: String,
     /// [`OVERLAY`]; off when absent.
     pub overlay: bool,
+    /// [`UPPER`].
+    pub upper: Option<String>,
 }
 
 impl Parameters {
@@ -34,6 +39,7 @@ impl Parameters {
             root: None,
             root_fs_type: "erofs".into(),
             overlay: false,
+            upper: None,
         };
         // What follows a lone "--" is for init as arguments, not parameters; we take none.
         for word in line
@@ -45,6 +51,7 @@ impl Parameters {
                 ROOT => parameters.root = Some(value.into()),
                 ROOT_FS_TYPE => parameters.root_fs_type = value.into(),
                 OVERLAY => parameters.overlay = value == "1",
+                UPPER => parameters.upper = Some(value.into()),
                 _ if name.starts_with("casemate.") => {
                     say(&format!("unknown parameter {word:?} ignored"))
                 }
@@ -61,17 +68,19 @@ mod tests {
 
     #[test]
     fn picks_ours() {
-        let line = "console=ttyS0 quiet casemate.root=/dev/vda casemate.rootfstype=ext4 casemate.overlay=1 -- casemate.root=x\n";
+        let line = "console=ttyS0 quiet casemate.root=/dev/vda casemate.rootfstype=ext4 casemate.overlay=1 casemate.upper=/dev/vdc -- casemate.root=x\n";
         let want = Parameters {
             root: Some("/dev/vda".into()),
             root_fs_type: "ext4".into(),
             overlay: true,
+            upper: Some("/dev/vdc".into()),
         };
         assert_eq!(Parameters::parse(line), want);
         let none = Parameters {
             root: None,
             root_fs_type: "erofs".into(),
             overlay: false,
+            upper: None,
         };
         assert_eq!(Parameters::parse("casemate.rooty=1 casemate.overlay"), none);
     }

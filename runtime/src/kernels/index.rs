@@ -4,6 +4,7 @@
 
 use super::modinfo::ModInfo;
 use super::{Error, Needs};
+use crate::layer;
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -106,6 +107,9 @@ impl Index {
         }
         if needs.pmem {
             wanted.extend(PMEM);
+        }
+        if needs.layer {
+            wanted.push((layer::FS_TYPE, "the disk of --root-size"));
         }
         let mut order = Order {
             index: self,

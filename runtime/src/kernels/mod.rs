@@ -30,6 +30,8 @@ pub struct Needs {
     pub net: bool,
     /// Persistent memory.
     pub pmem: bool,
+    /// A disk for what is written to the root.
+    pub layer: bool,
     /// File system type of the root; `None` is erofs.
     pub fs_type: Option<String>,
 }

@@ -72,12 +72,17 @@ pub struct Image {
     pub fs_type: String,
 }
 
-/// Finds `mkfs.erofs` in `PATH` and where root's programs are.
+/// Finds `mkfs.erofs`.
 pub fn find_mkfs() -> Option<PathBuf> {
+    find_program("mkfs.erofs")
+}
+
+/// Finds a program in `PATH` and where root's programs are.
+pub fn find_program(name: &str) -> Option<PathBuf> {
     let path = env::var_os("PATH").unwrap_or_default();
     env::split_paths(&path)
         .chain(["/usr/sbin", "/sbin", "/usr/bin"].map(PathBuf::from))
-        .map(|directory| directory.join("mkfs.erofs"))
+        .map(|directory| directory.join(name))
         .find(|file| file.is_file())
 }
 

@@ -39,7 +39,7 @@ pub fn machine_config(plan: &Plan) -> Value {
                 "path_on_host": disk.name,
                 "is_root_device": false,
                 "is_read_only": disk.read_only,
-                "cache_type": if disk.read_only { "Unsafe" } else { "Writeback" },
+                "cache_type": if disk.durable { "Writeback" } else { "Unsafe" },
             })
         })
         .collect();
@@ -201,11 +201,13 @@ mod tests {
                     name: "rootfs".into(),
                     path: "/cache/r.erofs".into(),
                     read_only: true,
+                    durable: false,
                 },
                 Disk {
                     name: "disk0".into(),
                     path: "/data/d".into(),
                     read_only: false,
+                    durable: true,
                 },
             ],
             taps: vec![Tap {

@@ -21,7 +21,7 @@ use crate::cgroups::Hierarchies;
 use crate::cli::RunArgs;
 use crate::places::{MissingProgram, Places};
 use crate::state::{self, Machine, Traits, UidRange};
-use crate::{inspect, kernels, rootfs, say};
+use crate::{inspect, kernels, layer, rootfs, say};
 use children::Children;
 pub use machine_config::API_SOCKET;
 use plan::Plan;
@@ -112,6 +112,12 @@ pub enum Error {
     /// The root file system.
     #[error(transparent)]
     Rootfs(#[from] rootfs::Error),
+    /// The disk for what is written to it.
+    #[error(transparent)]
+    Layer(#[from] layer::Error),
+    /// Its name has one letter for each.
+    #[error("--disk: too many disks")]
+    TooManyDisks,
     /// The kernel.
     #[error(transparent)]
     Kernel(#[from] kernels::Error),
@@ -173,6 +179,9 @@ pub fn run(args: &RunArgs) -> Result<u8, Error> {
             .unwrap_or_default(),
     };
     let mut machine = Machine::create(&places, &plan.id, range, traits)?;
+    if let Some(size) = args.root_size {
+        layer::make(&places.layer(plan.id.as_str()), size)?;
+    }
     let config =
         serde_json::to_vec_pretty(&machine_config::machine_config(&plan)).unwrap_or_default();
     let config = machine.write("config.json", &config)?;

@@ -13,6 +13,7 @@ use super::Error;
 use super::taps::{self, Tap};
 use crate::cli::RunArgs;
 use crate::kernels::{self, Needs};
+use crate::layer;
 use crate::places::Places;
 use crate::rootfs;
 
@@ -30,6 +31,8 @@ pub struct Disk {
     pub path: PathBuf,
     /// Whether the guest may only read it.
     pub read_only: bool,
+    /// Whether what the guest flushes has to reach the host's disk.
+    pub durable: bool,
 }
 
 /// A machine to be made.
@@ -162,6 +165,7 @@ impl Plan {
         let needs = Needs {
             net: !args.net.is_empty(),
             pmem: false,
+            layer: args.root_size.is_some(),
             fs_type: Some(image.fs_type.clone()),
         };
         let boot = kernels::resolve(args.kernel.as_deref(), &needs)?;
@@ -180,12 +184,27 @@ impl Plan {
                 name: "rootfs".to_string(),
                 path: image.path,
                 read_only: true,
+                durable: false,
             },
         );
         let fs_type = image.fs_type;
         self.cmdline = format!(
             "{BASE_CMDLINE} casemate.root=/dev/vda casemate.rootfstype={fs_type} casemate.overlay=1"
         );
+        if args.root_size.is_some() {
+            // Behind all others, whose names do not change by it.
+            let letter = (b'a'..=b'z')
+                .nth(self.disks.len())
+                .ok_or(Error::TooManyDisks)?;
+            let device = format!("/dev/vd{}", char::from(letter));
+            self.cmdline.push_str(&format!(" casemate.upper={device}"));
+            self.disks.push(Disk {
+                name: layer::NAME.to_string(),
+                path: places.layer(self.id.as_str()),
+                read_only: false,
+                durable: false,
+            });
+        }
         if let Some(words) = &args.append {
             self.cmdline.push(' ');
             self.cmdline.push_str(words);
@@ -254,6 +273,7 @@ fn disk(number: usize, text: &str) -> Result<Disk, Error> {
         name: format!("disk{number}"),
         path,
         read_only,
+        durable: !read_only,
     })
 }
 

@@ -11,6 +11,7 @@ use nix::sys::signal::Signal;
 use super::process::kill_user;
 use super::{Error, Record, is_live, lock_all, read_record, try_lock, try_lock_all, uids};
 use crate::cgroups::Hierarchies;
+use crate::layer;
 use crate::places::Places;
 
 /// How long killed processes may take to be gone.
@@ -125,6 +126,7 @@ pub(super) fn remove(
     }
     if let Some(name) = directory.file_name().and_then(|name| name.to_str()) {
         remove_cgroups(name, patience);
+        layer::remove(&places.layer(name));
     }
     // While the directory is there, and its lock is ours, nobody else gives this number back.
     if let Some(record) = record {

@@ -45,6 +45,27 @@ fn an_image_that_is_none() {
     );
 }
 
+/// The same image below two machines, each with a disk of its own for what it writes: full, it says so.
+#[test]
+fn a_root_has_the_size_that_it_was_given() {
+    let casemate = Casemate::new();
+    let script = "dd if=/dev/zero of=/fill bs=64k; echo $?; rm /fill; echo again > /etc/passwd; cat /etc/passwd";
+    let run = || casemate.start(&["--root-size", "8M"], script).unwrap();
+    for run in [run(), run()] {
+        let done = run.wait().unwrap();
+        assert_eq!(
+            (done.code, done.stdout.as_str()),
+            (0, "1\nagain\n"),
+            "{done:#?}"
+        );
+        assert!(done.stderr.contains("No space left on device"), "{done:#?}");
+    }
+    casemate.assert_clean();
+    let data = std::env::var_os("CASEMATE_DATA_DIR").unwrap();
+    let layers = std::fs::read_dir(Path::new(&data).join("layers")).unwrap();
+    assert_eq!(layers.count(), 0, "a machine's disk is left");
+}
+
 /// `script` on the image; nothing is left of its machine.
 #[track_caller]
 fn run(image: &Path, kind: &str, script: &str) -> casemate_tests::Finished {
