@@ -5,8 +5,6 @@
 //! `machine-config.numa_nodes`,
 //! of `drives[]` `discard`, `queues`, `copy_on_write` and `io_engine: Auto`, of `network-interfaces[]` `mtu` and
 //! `queues`, `fs` and `console`.
-//! What Firecracker knows and this VMM does not do yet is refused by name, never ignored: each section's
-//! `unsupported` says what that is.
 
 use std::collections::BTreeSet;
 use std::fmt;
@@ -123,9 +121,6 @@ pub enum Error {
         /// What it may be.
         allowed: &'static str,
     },
-    /// A field of Firecracker's that this VMM does not do yet.
-    #[error("`{0}` is not supported yet: remove it")]
-    NotSupported(&'static str),
     /// Two devices with one name.
     #[error("two {kind} are called {id:?}: each needs a name of its own")]
     DuplicateId {
@@ -189,7 +184,6 @@ impl Config {
     /// # Errors
     /// See [`Error`]; each says which field and what to do.
     pub fn check(&self) -> Result<(), Error> {
-        self.refuse_unsupported()?;
         self.machine_config.check()?;
         self.check_devices()
     }
@@ -226,13 +220,6 @@ impl Config {
         ]
         .into_iter()
         .fold(0, usize::saturating_add)
-    }
-
-    fn refuse_unsupported(&self) -> Result<(), Error> {
-        match self.machine_config.unsupported() {
-            Some(field) => Err(Error::NotSupported(field)),
-            None => Ok(()),
-        }
     }
 
     fn check_devices(&self) -> Result<(), Error> {

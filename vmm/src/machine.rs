@@ -21,7 +21,7 @@ use crate::devices::{
 };
 use crate::ending::{End, EndSignal};
 use crate::event_loop;
-use crate::kvm::cpuid::MachineCpuid;
+use crate::kvm::cpuid::{MachineCpuid, Topology};
 use crate::kvm::{self, Vcpu, Vm};
 use crate::lockdown::{self, Role, Stage};
 use crate::memory::{self, GuestMemory, layout};
@@ -233,7 +233,7 @@ pub fn build(config: &Config, resources: Resources, options: Options) -> Result<
     let template = Template::of(config, &vm, &supported)?;
     template.warn();
     let supported = template.apply(&supported)?;
-    let mut cpuid = MachineCpuid::new(&supported, max_vcpus, vm.has_tsc_deadline());
+    let mut cpuid = MachineCpuid::new(&supported, topology(config), vm.has_tsc_deadline());
     if config.machine_config.numa_nodes.len() > 1 {
         cpuid.set_nodes(placement::nodes_of_vcpus(&config.machine_config));
     }
@@ -397,6 +397,17 @@ fn virtio_devices(
         devices.push(Box::new(Entropy::new(limits(entropy.rate_limiter))));
     }
     Ok(devices)
+}
+
+/// With `smt` two vCPUs are a core, unless there is one only.
+fn topology(config: &Config) -> Topology {
+    let vcpus = config.machine_config.max_vcpus();
+    let threads = if config.machine_config.smt && vcpus > 1 {
+        2
+    } else {
+        1
+    };
+    Topology { vcpus, threads }
 }
 
 fn limits(configured: Option<RateLimiter>) -> LimiterOptions {

@@ -127,12 +127,4 @@ impl MachineConfig {
         }
         numa::check(&self.numa_nodes, self.max_vcpus(), self.mem_size_mib)
     }
-
-    /// What of it this VMM does not do yet.
-    pub(super) fn unsupported(&self) -> Option<&'static str> {
-        if self.smt {
-            return Some("machine-config.smt");
-        }
-        None
-    }
 }

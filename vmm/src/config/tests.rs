@@ -195,14 +195,6 @@ fn knows_devices_that_another_process_works_for() {
 }
 
 #[test]
-fn names_what_is_not_supported_yet() {
-    refused_with(
-        &machine(r#""vcpu_count":1,"mem_size_mib":1,"smt":true"#),
-        &["smt", "not supported yet"],
-    );
-}
-
-#[test]
 fn refuses_two_of_one_name() {
     refused_with(
         &with(

@@ -72,17 +72,40 @@ const fn bits(positions: &[u32]) -> u32 {
     mask
 }
 
+/// One socket.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Topology {
+    /// All threads of all cores.
+    pub vcpus: u8,
+    /// Threads of a core: 1 or 2.
+    pub threads: u8,
+}
+
+impl Topology {
+    fn cores(self) -> u8 {
+        self.vcpus.div_ceil(self.threads.max(1))
+    }
+}
+
+impl From<u8> for Topology {
+    /// So many cores with one thread each.
+    fn from(vcpus: u8) -> Self {
+        Self { vcpus, threads: 1 }
+    }
+}
+
 /// The CPUID of a machine, but for what differs from vCPU to vCPU.
 pub struct MachineCpuid {
     entries: Vec<kvm_cpuid_entry2>,
     /// The NUMA node of each vCPU; empty where there is one at most.
     nodes: Vec<u8>,
+    threads: u8,
 }
 
 impl MachineCpuid {
-    /// Makes `supported` (KVM_GET_SUPPORTED_CPUID) that of a machine with one socket of `vcpus` cores with
-    /// one thread each.
-    pub fn new(supported: &CpuId, vcpus: u8, tsc_deadline: bool) -> Self {
+    /// Makes `supported` (KVM_GET_SUPPORTED_CPUID) that of a machine of this topology.
+    pub fn new(supported: &CpuId, shape: impl Into<Topology>, tsc_deadline: bool) -> Self {
+        let shape = shape.into();
         let mut entries = supported.as_slice().to_vec();
         let max_basic = entries
             .iter()
@@ -101,16 +124,17 @@ impl MachineCpuid {
         entries.retain(|entry| has_tiles || !LEAVES_AMX.contains(&entry.function));
         entries.retain(|entry| !matches!(entry.function, 0xb | 0x1f));
         for entry in &mut entries {
-            normalise(entry, vcpus, &host);
+            normalise(entry, shape, &host);
         }
         for leaf in [0xb, 0x1f] {
             if leaf <= max_basic {
-                entries.extend(topology(leaf, vcpus));
+                entries.extend(topology(leaf, shape));
             }
         }
         Self {
             entries,
             nodes: Vec::new(),
+            threads: shape.threads.max(1),
         }
     }
 
@@ -144,8 +168,9 @@ impl MachineCpuid {
                 0xb | 0x1f => entry.edx = u32::from(id),
                 0x8000_001e => {
                     entry.eax = u32::from(id);
-                    // Core id, and one thread a core.
-                    entry.ebx = u32::from(id);
+                    // Core id, and threads of a core, less one.
+                    let core = u32::from(id) / u32::from(self.threads);
+                    entry.ebx = core | u32::from(self.threads.saturating_sub(1)) << 8;
                     let node = self.nodes.get(usize::from(id));
                     entry.ecx = node.copied().unwrap_or(0).into();
                 }
@@ -174,7 +199,8 @@ fn is_amd(entry: &kvm_cpuid_entry2) -> bool {
     entry.function == 0 && names.contains(&name)
 }
 
-fn normalise(entry: &mut kvm_cpuid_entry2, vcpus: u8, host: &Host) {
+fn normalise(entry: &mut kvm_cpuid_entry2, topology: Topology, host: &Host) {
+    let Topology { vcpus, threads } = topology;
     let count = u32::from(vcpus);
     let last = count.saturating_sub(1);
     match entry.function {
@@ -191,11 +217,15 @@ fn normalise(entry: &mut kvm_cpuid_entry2, vcpus: u8, host: &Host) {
             }
         }
         // Caches: EAX 7..5 is the level, 25..14 how many threads share it, 31..26 (Intel) how many
-        // cores there are. The third level is shared by all, the others by nobody.
+        // cores there are. The third level is shared by all, the others by the threads of a core.
         0x4 | 0x8000_001d if entry.eax & 0x1f != 0 => {
             let level = entry.eax >> 5 & 0x7;
-            let sharing = if level >= 3 { last } else { 0 };
-            let cores = if entry.function == 0x4 { last } else { 0 };
+            let siblings = u32::from(threads).saturating_sub(1);
+            let sharing = if level >= 3 { last } else { siblings };
+            let cores = match entry.function {
+                0x4 => u32::from(topology.cores()).saturating_sub(1),
+                _ => 0,
+            };
             entry.eax = entry.eax & 0x3fff | sharing << 14 | cores << 26;
         }
         leaf if LEAVES_ZEROED.contains(&leaf) => {
@@ -235,8 +265,8 @@ fn id_bits(vcpus: u8) -> u32 {
     u32::from(vcpus).next_power_of_two().trailing_zeros()
 }
 
-/// Leaf 0xb or 0x1f: one thread a core, `vcpus` cores a socket, and the end of the list.
-fn topology(leaf: u32, vcpus: u8) -> [kvm_cpuid_entry2; 3] {
+/// Leaf 0xb or 0x1f: the threads of a core, those of the socket, and the end of the list.
+fn topology(leaf: u32, topology: Topology) -> [kvm_cpuid_entry2; 3] {
     let level = |index: u32, shift: u32, count: u32, kind: u32| kvm_cpuid_entry2 {
         function: leaf,
         index,
@@ -247,8 +277,8 @@ fn topology(leaf: u32, vcpus: u8) -> [kvm_cpuid_entry2; 3] {
         ..Default::default()
     };
     [
-        level(0, 0, 1, 1),
-        level(1, id_bits(vcpus), u32::from(vcpus), 2),
+        level(0, id_bits(topology.threads), topology.threads.into(), 1),
+        level(1, id_bits(topology.vcpus), topology.vcpus.into(), 2),
         level(2, 0, 0, 0),
     ]
 }
@@ -322,6 +352,16 @@ mod tests {
         assert_eq!(read(&vcpu, 4, 3)[0], 4 << 26 | 0x163);
         assert_eq!(read(&vcpu, 0x8000_001d, 3)[0], 0x163);
         assert_eq!(read(&vcpu, 0x8000_001e, 0)[..3], [3, 3, 1]);
+        let pairs = Topology {
+            vcpus: 6,
+            threads: 2,
+        };
+        let vcpu = MachineCpuid::new(&host, pairs, true).of_vcpu(3).unwrap();
+        assert_eq!(read(&vcpu, 4, 0)[0], 2 << 26 | 1 << 14 | 0x121);
+        assert_eq!(read(&vcpu, 4, 3)[0], 2 << 26 | 5 << 14 | 0x163);
+        assert_eq!(read(&vcpu, 0xb, 0), [1, 2, 0x100, 3]);
+        assert_eq!(read(&vcpu, 0xb, 1), [3, 6, 0x201, 3]);
+        assert_eq!(read(&vcpu, 0x8000_001e, 0)[..2], [3, 1 | 1 << 8]);
         let alone = MachineCpuid::new(&host, 1, true).of_vcpu(0).unwrap();
         assert_eq!(read(&alone, 1, 0)[3] & LEAF_1_EDX_HTT, 0);
         assert_eq!(read(&alone, 0xb, 1), [0, 1, 0x201, 0]);
