@@ -5,14 +5,14 @@ use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
 /// A machine before its start, and a client of it.
-struct Machine {
-    vm: Running,
+pub(super) struct Machine {
+    pub vm: Running,
     client: ApiClient,
 }
 
 impl Machine {
     #[track_caller]
-    fn new(vm: Vm) -> Self {
+    pub fn new(vm: Vm) -> Self {
         let path = vm.api_path();
         let vm = vm.api().start().unwrap();
         let client = ApiClient::connect(&path).unwrap_or_else(|error| panic!("{error:#}"));
@@ -20,32 +20,32 @@ impl Machine {
     }
 
     #[track_caller]
-    fn get(&mut self, path: &str) -> Value {
+    pub fn get(&mut self, path: &str) -> Value {
         let answer = self.ask("GET", path, Value::Null);
         assert_eq!(answer.status, 200, "{answer:?}");
         answer.body
     }
 
     #[track_caller]
-    fn ask(&mut self, method: &str, path: &str, body: Value) -> ApiAnswer {
+    pub fn ask(&mut self, method: &str, path: &str, body: Value) -> ApiAnswer {
         self.client
             .ask(method, path, &body)
             .unwrap_or_else(|error| panic!("{method} {path}: {error:#}"))
     }
 
     #[track_caller]
-    fn put(&mut self, path: &str, body: Value) -> ApiAnswer {
+    pub fn put(&mut self, path: &str, body: Value) -> ApiAnswer {
         self.ask("PUT", path, body)
     }
 
     #[track_caller]
-    fn patch(&mut self, path: &str, body: Value) -> ApiAnswer {
+    pub fn patch(&mut self, path: &str, body: Value) -> ApiAnswer {
         self.ask("PATCH", path, body)
     }
 
     /// Puts the kernel of `config`, and the machine's size.
     #[track_caller]
-    fn describe(&mut self, config: &Value) {
+    pub fn describe(&mut self, config: &Value) {
         self.put("/boot-source", config["boot-source"].clone())
             .assert_done();
         self.put("/machine-config", config["machine-config"].clone())
@@ -53,17 +53,17 @@ impl Machine {
     }
 
     #[track_caller]
-    fn start(&mut self) {
+    pub fn start(&mut self) {
         self.act("InstanceStart").assert_done();
     }
 
     #[track_caller]
-    fn act(&mut self, action: &str) -> ApiAnswer {
+    pub fn act(&mut self, action: &str) -> ApiAnswer {
         self.put("/actions", json!({ "action_type": action }))
     }
 
     /// Ends a guest that does not by itself.
-    fn kill(self) {
+    pub fn kill(self) {
         self.vm.signal(Signal::SIGKILL).unwrap();
         self.vm.wait().unwrap();
     }

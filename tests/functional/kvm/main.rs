@@ -3,6 +3,7 @@
 use casemate_tests::Vm;
 
 mod api;
+mod api_changes;
 mod api_clients;
 mod bad_input;
 mod balloon;

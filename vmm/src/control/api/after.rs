@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::json;
 
-use super::action::{Action, DriveUpdate, NetworkInterfaceUpdate};
+use super::action::{Action, DriveUpdate, NetworkInterfaceUpdate, PmemUpdate};
 use super::{Desk, Fault, Reply, counting};
 use crate::config::RateLimiter;
 use crate::machine::RunningMachine;
@@ -44,10 +44,7 @@ impl Desk {
             }
             Action::PatchDrive(update) => self.patch_drive(machine, update)?,
             Action::PatchNetworkInterface(update) => self.patch_card(machine, update)?,
-            Action::PatchPmem(update) => {
-                let name = DeviceName::Pmem(update.id);
-                ask(machine, &name, Update::Limits(limits(update.rate_limiter)))?;
-            }
+            Action::PatchPmem(update) => self.patch_pmem(machine, update)?,
             Action::GetVcpus => {
                 return Ok(Reply::of(&json!({ "vcpu_count": machine.vcpu_count() })));
             }
@@ -122,6 +119,17 @@ impl Desk {
         if let Some(limiter) = update.rate_limiter {
             ask(machine, &name, Update::Limits(limiter.into()))?;
             merge(&mut drive.rate_limiter, limiter);
+        }
+        Ok(())
+    }
+
+    fn patch_pmem(&mut self, machine: &RunningMachine, update: PmemUpdate) -> Result<(), Fault> {
+        let name = DeviceName::Pmem(update.id.clone());
+        let found = self.config.pmem.iter_mut().find(|it| it.id == update.id);
+        let pmem = found.ok_or_else(|| Fault::NoDevice(name.to_string()))?;
+        ask(machine, &name, Update::Limits(limits(update.rate_limiter)))?;
+        if let Some(limiter) = update.rate_limiter {
+            merge(&mut pmem.rate_limiter, limiter);
         }
         Ok(())
     }
