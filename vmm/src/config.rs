@@ -185,7 +185,16 @@ impl Config {
     /// See [`Error`]; each says which field and what to do.
     pub fn check(&self) -> Result<(), Error> {
         self.machine_config.check()?;
-        self.check_devices()
+        let wanted = self.device_count();
+        let available = layout::VIRTIO_GSIS.count();
+        if wanted > available {
+            return Err(Error::NotEnoughInterruptPins { wanted, available });
+        }
+        self.check_devices()?;
+        match &self.mmds_config {
+            Some(mmds) => mmds.check(&self.network_interfaces),
+            None => Ok(()),
+        }
     }
 
     /// Memory in bytes.
@@ -222,12 +231,12 @@ impl Config {
         .fold(0, usize::saturating_add)
     }
 
-    fn check_devices(&self) -> Result<(), Error> {
-        let wanted = self.device_count();
-        let available = layout::VIRTIO_GSIS.count();
-        if wanted > available {
-            return Err(Error::NotEnoughInterruptPins { wanted, available });
-        }
+    /// Checks each device, and that no two are in each other's way; not how many there are. It holds as well for a
+    /// machine that runs, where devices come and go.
+    ///
+    /// # Errors
+    /// See [`Error`]; each says which field and what to do.
+    pub fn check_devices(&self) -> Result<(), Error> {
         let mut ids = BTreeSet::new();
         let mut paths = BTreeSet::new();
         for drive in &self.drives {
@@ -278,10 +287,7 @@ impl Config {
                 );
             }
         }
-        match &self.mmds_config {
-            Some(mmds) => mmds.check(&self.network_interfaces),
-            None => Ok(()),
-        }
+        Ok(())
     }
 
     fn check_roots(&self) -> Result<(), Error> {

@@ -46,6 +46,7 @@ mod guest_memory;
 pub mod hotplug;
 mod network;
 pub mod placement;
+mod plug;
 mod pmem;
 pub mod vcpus;
 
@@ -315,7 +316,7 @@ pub fn build(config: &Config, resources: Resources, options: Options) -> Result<
     devices.bind_interrupts(&vm)?;
     // Last: from the first one on, changing a memslot waits for milliseconds.
     devices.bind_doorbells(&vm)?;
-    let (worker, hotplug) = devices.into_worker(hotplug::names(config))?;
+    let (worker, hotplug) = devices.into_worker(&names)?;
     Ok(Machine {
         vm,
         vcpus,
@@ -577,12 +578,6 @@ impl RunningMachine {
     pub fn regenerate(&self) -> Result<(), Error> {
         self.panel.generation.regenerate()?;
         Ok(self.panel.clock.disrupt()?)
-    }
-
-    /// Takes away the devices that the guest has let go, and returns their names.
-    pub fn take_ejected_devices(&mut self) -> Vec<String> {
-        let hotplug = self.hotplug.as_mut();
-        hotplug.map(Hotplug::settle).unwrap_or_default()
     }
 
     /// How many vCPUs there are now.

@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
+use super::devices::DeviceName;
 use super::hotplug::{self, Hotplug, Occupant, Slot};
 use super::{Error, host};
 use crate::boot::MmioDeviceInfo;
@@ -95,7 +96,7 @@ impl Attached {
     /// devices, in order.
     pub(super) fn into_worker(
         self,
-        names: impl Iterator<Item = String>,
+        names: &[DeviceName],
     ) -> Result<(Option<DeviceWorker>, Option<Hotplug>), event_loop::Error> {
         match self {
             Self::Mmio(OnMmio(windows)) if windows.is_empty() => Ok((None, None)),
@@ -217,13 +218,16 @@ impl OnPci {
 
     fn into_worker(
         mut self,
-        names: impl Iterator<Item = String>,
+        names: &[DeviceName],
     ) -> Result<(DeviceWorker, Hotplug), event_loop::Error> {
         let mut worker = DeviceWorker::new()?;
         let devices = self.devices.into_iter().zip(names);
         for (slot, ((endpoint, device), name)) in self.slots.iter_mut().zip(devices) {
             let index = worker.add(endpoint, device)?;
-            slot.occupant = Some(Occupant { name, index });
+            slot.occupant = Some(Occupant {
+                name: name.clone(),
+                index,
+            });
         }
         let hotplug = Hotplug {
             bus: self.bus,

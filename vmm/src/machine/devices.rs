@@ -1,5 +1,6 @@
 //! The running machine's virtio devices by the names that the config gives them.
 
+use std::collections::BTreeMap;
 use std::fmt;
 
 use crate::config::Config;
@@ -52,14 +53,28 @@ pub(super) fn names(config: &Config, devices: &[Box<dyn VirtioDevice>]) -> Vec<D
 /// The devices.
 pub struct Devices {
     /// By their index on the device thread.
-    names: Vec<DeviceName>,
+    names: BTreeMap<u16, DeviceName>,
     /// None without devices.
     worker: Option<WorkerHandle>,
 }
 
 impl Devices {
+    /// Devices that the thread has taken in the order of their names.
     pub(super) fn new(names: Vec<DeviceName>, worker: Option<WorkerHandle>) -> Self {
-        Self { names, worker }
+        Self {
+            names: (0..).zip(names).collect(),
+            worker,
+        }
+    }
+
+    /// One that has come.
+    pub(super) fn insert(&mut self, index: u16, name: DeviceName) {
+        self.names.insert(index, name);
+    }
+
+    /// One that has gone: its index may soon be another one's.
+    pub(super) fn remove(&mut self, name: &DeviceName) {
+        self.names.retain(|_, other| other != name);
     }
 
     /// Changes a device.
@@ -67,10 +82,9 @@ impl Devices {
     /// # Errors
     /// When there is none of that name, or it cannot be changed so.
     pub fn update(&self, name: &DeviceName, update: Update) -> Result<Answer, UpdateError> {
-        let index = self.names.iter().position(|other| other == name);
-        let index = index.and_then(|index| u16::try_from(index).ok());
-        match (index, &self.worker) {
-            (Some(index), Some(worker)) => worker.update(index, update),
+        let found = self.names.iter().find(|(_, other)| *other == name);
+        match (found, &self.worker) {
+            (Some((index, _)), Some(worker)) => worker.update(*index, update),
             _ => Err(UpdateError::NoDevice),
         }
     }

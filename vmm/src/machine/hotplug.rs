@@ -7,9 +7,10 @@ use std::sync::Arc;
 
 use thiserror::Error;
 
-use crate::config::Config;
+use super::devices::DeviceName;
 use crate::event_loop;
 use crate::memory::GuestMemory;
+use crate::metrics::Source;
 use crate::pci::{HotplugRegisters, PciBus};
 use crate::virtio::transport::endpoint::Doorbells;
 use crate::virtio::transport::pci::PciTransport;
@@ -23,11 +24,28 @@ pub const QUEUES: usize = 4;
 #[derive(Debug, Error)]
 pub enum Error {
     /// The name is taken, perhaps by a device that the guest has not let go yet.
-    #[error("there is a {0} already")]
-    Exists(String),
+    #[error("there is a {0} already: give the new one another name, or remove that one first")]
+    Exists(DeviceName),
     /// There is none of that name.
     #[error("there is no {0}")]
-    NoDevice(String),
+    NoDevice(DeviceName),
+    /// The machine has no PCI bus.
+    #[error("devices come and go on a PCI bus only: start the VMM with `--enable-pci`")]
+    NoBus,
+    /// Something that a device can have only if it is there from the start.
+    #[error("{device} cannot be added to a running machine: {why}")]
+    OnlyBefore {
+        /// Which one.
+        device: DeviceName,
+        /// What is in the way, and what to do.
+        why: &'static str,
+    },
+    /// What the guest runs on.
+    #[error("{0} is the root device: it cannot be removed")]
+    Root(DeviceName),
+    /// It cannot be made.
+    #[error(transparent)]
+    Device(Box<super::Error>),
     /// Every slot is taken.
     #[error("no PCI slot is free: remove a device first")]
     NoSlot,
@@ -54,10 +72,17 @@ pub(super) struct Slot {
     pub(super) occupant: Option<Occupant>,
 }
 
+impl Slot {
+    /// Most queues of what can be in it.
+    fn room(&self) -> usize {
+        self.doorbells.notifiers().len()
+    }
+}
+
 /// The device in a slot.
 pub(super) struct Occupant {
-    /// What the operator calls it, such as "drive data".
-    pub(super) name: String,
+    /// What the operator calls it.
+    pub(super) name: DeviceName,
     /// Its index on the device thread.
     pub(super) index: u16,
 }
@@ -78,29 +103,50 @@ impl Hotplug {
         &self.registers
     }
 
-    /// Plugs `device` in, as `name`, and tells the guest. Returns its index on the device thread.
+    /// Whether a device could come as `name`, whatever it is. Returns how many queues it can have.
     ///
     /// # Errors
-    /// When there is no room or the name is taken; the device is dropped then.
-    pub fn add(&mut self, name: &str, device: Box<dyn VirtioDevice>) -> Result<u16, Error> {
+    /// When the name is taken or no slot is free.
+    pub fn room(&self, name: &DeviceName) -> Result<usize, Error> {
         if self.find(name).is_some() {
-            return Err(Error::Exists(name.to_owned()));
+            return Err(Error::Exists(name.clone()));
         }
+        let free = self.slots.iter().filter(|slot| slot.occupant.is_none());
+        free.map(Slot::room).max().ok_or(Error::NoSlot)
+    }
+
+    /// Has `make` make a device on the device thread, plugs it in as `name`, and tells the guest. Returns its index
+    /// on the device thread, and what it counts.
+    ///
+    /// # Errors
+    /// When there is no room, the name is taken, or there is no such device; all is as before then.
+    pub fn add(
+        &mut self,
+        name: &DeviceName,
+        make: impl FnOnce() -> Result<Box<dyn VirtioDevice>, super::Error> + Send + 'static,
+    ) -> Result<(u16, Option<Source>), Error> {
+        let most = self.room(name)?;
+        let made = self.worker.run(move || {
+            let mut device = make().map_err(|error| Error::Device(Box::new(error)))?;
+            let wanted = device.traits().queue_sizes.len();
+            if wanted > most {
+                device.retire();
+                return Err(Error::TooManyQueues { wanted, most });
+            }
+            Ok(device)
+        });
+        let device = made.ok_or(Error::NoThread)??;
+        let counts = device.metrics();
+        Ok((self.plug(name, device)?, counts))
+    }
+
+    fn plug(&mut self, name: &DeviceName, device: Box<dyn VirtioDevice>) -> Result<u16, Error> {
         let wanted = device.traits().queue_sizes.len();
-        let free = |slot: &&mut Slot| slot.occupant.is_none();
-        let room = |slot: &Slot| slot.doorbells.notifiers().len();
         // The lowest: a guest that gives its BARs the lowest free addresses, as Linux does, then gives this one
         // the address that its doorbells are bound at.
-        let mut slots = self.slots.iter_mut().filter(free).peekable();
-        if slots.peek().is_none() {
-            return Err(Error::NoSlot);
-        }
-        let mut most = 0;
-        let slot = slots.find(|slot| {
-            most = most.max(room(slot));
-            room(slot) >= wanted
-        });
-        let slot = slot.ok_or(Error::TooManyQueues { wanted, most })?;
+        let mut slots = self.slots.iter_mut();
+        let slot = slots.find(|slot| slot.occupant.is_none() && slot.room() >= wanted);
+        let slot = slot.ok_or(Error::NoSlot)?;
         let transport = PciTransport::new(
             device.as_ref(),
             self.memory.clone(),
@@ -112,7 +158,7 @@ impl Hotplug {
         let added = self.worker.add(Arc::clone(transport.endpoint()), device);
         let index = added.ok_or(Error::NoThread)??;
         slot.occupant = Some(Occupant {
-            name: name.to_owned(),
+            name: name.clone(),
             index,
         });
         self.bus.insert(slot.number, transport);
@@ -124,16 +170,16 @@ impl Hotplug {
     ///
     /// # Errors
     /// When there is none.
-    pub fn remove(&self, name: &str) -> Result<(), Error> {
+    pub fn remove(&self, name: &DeviceName) -> Result<(), Error> {
         let slot = self.find(name);
-        let slot = slot.ok_or_else(|| Error::NoDevice(name.to_owned()))?;
+        let slot = slot.ok_or_else(|| Error::NoDevice(name.clone()))?;
         self.registers.ask(slot.number);
         Ok(())
     }
 
     /// Takes away what the guest has let go, and returns the names. Files, taps and sockets of these devices
     /// are closed.
-    pub fn settle(&mut self) -> Vec<String> {
+    pub fn settle(&mut self) -> Vec<DeviceName> {
         let gone = self.registers.take_gone();
         let slots = self.slots.iter_mut();
         let occupants = slots
@@ -147,22 +193,10 @@ impl Hotplug {
             .collect()
     }
 
-    fn find(&self, name: &str) -> Option<&Slot> {
-        let named = |slot: &&Slot| slot.occupant.as_ref().is_some_and(|it| it.name == name);
+    fn find(&self, name: &DeviceName) -> Option<&Slot> {
+        let named = |slot: &&Slot| slot.occupant.as_ref().is_some_and(|it| it.name == *name);
         self.slots.iter().find(named)
     }
-}
-
-/// What the operator calls the devices of `config`, in the order in which they are made. Only drives and cards
-/// have names of their own.
-pub(super) fn names(config: &Config) -> impl Iterator<Item = String> {
-    let drives = config.drives_in_order();
-    let drives = drives.map(|drive| format!("drive {}", drive.drive_id));
-    let cards = config.network_interfaces.iter();
-    let cards = cards.map(|card| format!("network interface {}", card.iface_id));
-    drives
-        .chain(cards)
-        .chain((0_usize..).map(|number| format!("device {number}")))
 }
 
 #[cfg(test)]

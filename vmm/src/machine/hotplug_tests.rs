@@ -119,6 +119,10 @@ impl Machine {
     }
 }
 
+fn drive(id: &str) -> DeviceName {
+    DeviceName::Drive(id.to_owned())
+}
+
 fn echo() -> (Box<Echo>, Arc<AtomicUsize>) {
     let device = Box::<Echo>::default();
     let stops = Arc::clone(&device.stops);
@@ -131,15 +135,15 @@ fn a_device_comes_works_goes_and_another_takes_its_place() {
     assert_eq!(machine.vendor(1), 0xffff);
     for round in 0..3 {
         let (device, stops) = echo();
-        let name = format!("drive {round}");
-        machine.hotplug.add(&name, device).unwrap();
+        let name = drive(&round.to_string());
+        machine.hotplug.add(&name, || Ok(device)).unwrap();
         assert_eq!(machine.told(), (1 << 1, 0));
         assert_eq!(machine.vendor(1), 0x1af4);
         machine.drive(1);
 
         machine.hotplug.remove(&name).unwrap();
         assert_eq!(machine.told(), (0, 1 << 1));
-        assert_eq!(machine.hotplug.settle(), [""; 0], "not before the guest");
+        assert_eq!(machine.hotplug.settle(), [], "not before the guest");
         machine.drive(1);
         machine.eject(1 << 1);
         assert_eq!(machine.vendor(1), 0xffff);
@@ -154,18 +158,20 @@ fn a_device_comes_works_goes_and_another_takes_its_place() {
 #[test]
 fn names_and_slots_are_taken_once() {
     let mut machine = Machine::new();
-    machine.hotplug.add("drive a", echo().0).unwrap();
-    let error = machine.hotplug.add("drive a", echo().0).unwrap_err();
+    let [a, b, c] = ["a", "b", "c"].map(drive);
+    let make = || Ok(echo().0 as Box<dyn VirtioDevice>);
+    machine.hotplug.add(&a, make).unwrap();
+    let error = machine.hotplug.add(&a, make).err().unwrap();
     assert!(error.to_string().contains("drive a"), "{error}");
-    machine.hotplug.add("drive b", echo().0).unwrap();
-    let error = machine.hotplug.add("drive c", echo().0).unwrap_err();
+    machine.hotplug.add(&b, make).unwrap();
+    let error = machine.hotplug.add(&c, make).err().unwrap();
     assert!(matches!(error, Error::NoSlot), "{error}");
-    let error = machine.hotplug.remove("drive c").unwrap_err();
+    let error = machine.hotplug.remove(&c).unwrap_err();
     assert!(error.to_string().contains("drive c"), "{error}");
     assert_eq!(machine.told(), (1 << 1 | 1 << 2, 0));
     // What was not asked for stays.
     machine.eject(u32::MAX);
-    assert_eq!(machine.hotplug.settle(), [""; 0]);
+    assert_eq!(machine.hotplug.settle(), []);
     assert_eq!((machine.vendor(1), machine.vendor(2)), (0x1af4, 0x1af4));
 }
 
@@ -174,10 +180,11 @@ fn a_device_needs_a_doorbell_for_every_queue() {
     use crate::virtio::transport::testing::Wide;
     let mut machine = Machine::new();
     // The first slot has one doorbell.
-    machine.hotplug.add("wide", Box::new(Wide::<2>)).unwrap();
+    let make = || Ok(Box::new(Wide::<2>) as Box<dyn VirtioDevice>);
+    machine.hotplug.add(&drive("wide"), make).unwrap();
     assert_eq!(machine.told(), (1 << 2, 0));
-    let error = machine.hotplug.add("wider", Box::new(Wide::<5>));
-    let error = error.unwrap_err();
+    let make = || Ok(Box::new(Wide::<5>) as Box<dyn VirtioDevice>);
+    let error = machine.hotplug.add(&drive("wider"), make).err().unwrap();
     let expected = matches!(error, Error::TooManyQueues { wanted: 5, most: 1 });
     assert!(expected, "{error}");
 }

@@ -100,6 +100,9 @@ impl HotplugRegisters {
             let mut state = self.state();
             let granted = state.asked & slots;
             state.asked &= !granted;
+            // What was said of it and not heard is not about the next device in its slot.
+            state.added &= !granted;
+            state.leaving &= !granted;
             granted
         };
         for slot in (0..SLOTS).filter(|slot| granted & bit(*slot) != 0) {

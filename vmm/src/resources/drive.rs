@@ -21,6 +21,15 @@ pub enum DriveBackend {
     Socket(UnixStream),
 }
 
+const LAYER: &str = "layer of a drive";
+
+/// The name of a drive's image, and whether it is written to.
+fn image_of(drive: &Drive) -> (&str, bool) {
+    // A drive with neither image nor socket has been refused.
+    let path = drive.path_on_host.as_deref().unwrap_or_default();
+    (path, !drive.is_read_only && drive.copy_on_write.is_none())
+}
+
 impl Source {
     /// Connected to a vhost-user back-end.
     pub(super) fn back_end(&mut self, name: &str) -> Result<UnixStream, Error> {
@@ -32,16 +41,27 @@ impl Source {
         }
     }
 
+    /// The files of a drive, after the start: see [`Served::file_later`](super::Served::file_later).
+    ///
+    /// # Errors
+    /// When one of them cannot be had.
+    pub fn drive_later(&mut self, drive: &Drive) -> Result<DriveBackend, Error> {
+        let (path, write) = image_of(drive);
+        let image = self.file_later("drive", path, write)?;
+        let layer = drive.copy_on_write.as_ref();
+        let layer = layer.map(|layer| self.file_later(LAYER, &layer.path_on_host, true));
+        let layer = layer.transpose()?;
+        Ok(DriveBackend::Image { image, layer })
+    }
+
     pub(super) fn drive(&mut self, drive: &Drive) -> Result<DriveBackend, Error> {
         if let Some(socket) = &drive.socket {
             return Ok(DriveBackend::Socket(self.back_end(socket)?));
         }
-        // A drive with neither has been refused.
-        let path = drive.path_on_host.as_deref().unwrap_or_default();
-        let layer = drive.copy_on_write.as_ref();
-        let write = !drive.is_read_only && layer.is_none();
+        let (path, write) = image_of(drive);
         let image = self.file("drive", path, write)?;
-        let layer = layer.map(|layer| self.file("layer of a drive", &layer.path_on_host, true));
+        let layer = drive.copy_on_write.as_ref();
+        let layer = layer.map(|layer| self.file(LAYER, &layer.path_on_host, true));
         let layer = layer.transpose()?;
         Ok(DriveBackend::Image { image, layer })
     }

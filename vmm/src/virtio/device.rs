@@ -138,6 +138,10 @@ pub trait VirtioDevice: Send {
         None
     }
 
+    /// Gives back what others may wait for: locks, which a copy of a descriptor in another process would hold on.
+    /// Called once, while stopped, on the device thread; what follows is that the device is dropped, on another one.
+    fn retire(&mut self) {}
+
     /// Does what the operator asks for, running or not: a bounded amount of work.
     ///
     /// # Errors

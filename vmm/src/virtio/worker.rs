@@ -2,6 +2,7 @@
 
 use std::collections::VecDeque;
 use std::sync::Arc;
+use std::sync::mpsc::channel;
 use std::time::{Duration, Instant};
 
 use log::{debug, error, log};
@@ -14,8 +15,12 @@ use super::update::{Answer, Update, UpdateError};
 use crate::event_loop::{self, EventLoop, Token};
 use crate::memory::GuestMemory;
 
+/// What the device thread does for the control thread, which may not do it itself.
+type Job = Box<dyn FnOnce() + Send>;
+
 /// What the control thread asks of the device thread.
 enum Request {
+    Run(Job),
     Add(Arc<Endpoint>, Box<dyn VirtioDevice>),
     Remove(u16),
     Update(u16, Update),
@@ -23,6 +28,7 @@ enum Request {
 
 /// What comes of it.
 enum Response {
+    Ran,
     Added(Result<u16, event_loop::Error>),
     Removed(Option<Box<dyn VirtioDevice>>),
     Updated(Result<Answer, UpdateError>),
@@ -44,6 +50,21 @@ impl WorkerHandle {
         }
     }
 
+    /// Runs `job` on the device thread and returns what comes of it; `None` when the thread has ended. For what a
+    /// device needs when it is made and only that thread may do: locks of files, ioctls of taps. The devices
+    /// wait meanwhile, so it takes a bounded time.
+    pub fn run<T: Send + 'static>(&self, job: impl FnOnce() -> T + Send + 'static) -> Option<T> {
+        let (sender, result) = channel();
+        let job = move || {
+            // Whoever asked waits for it.
+            let _ = sender.send(job());
+        };
+        match self.0.ask(Request::Run(Box::new(job))) {
+            Some(Response::Ran) => result.try_recv().ok(),
+            _ => None,
+        }
+    }
+
     /// Gives the thread one more device and returns its index; `None` when the thread has ended.
     ///
     /// # Errors
@@ -59,7 +80,8 @@ impl WorkerHandle {
         }
     }
 
-    /// Stops the device with this index and takes it away, if there is one.
+    /// Stops the device with this index, has it give back what it holds of the host, and takes it away, if there
+    /// is one.
     pub fn remove(&self, device: u16) -> Option<Box<dyn VirtioDevice>> {
         match self.0.ask(Request::Remove(device)) {
             Some(Response::Removed(device)) => device,
@@ -116,7 +138,7 @@ impl DeviceWorker {
     pub fn add(
         &mut self,
         endpoint: Arc<Endpoint>,
-        device: Box<dyn VirtioDevice>,
+        mut device: Box<dyn VirtioDevice>,
     ) -> Result<u16, event_loop::Error> {
         let free = self.slots.iter().position(Option::is_none);
         let index = free.unwrap_or(self.slots.len());
@@ -124,6 +146,7 @@ impl DeviceWorker {
         let watched = self.watch(&endpoint, device_index);
         if let Err(error) = watched {
             self.unwatch(&endpoint);
+            device.retire();
             return Err(error);
         }
         let slot = Some(Slot {
@@ -164,6 +187,7 @@ impl DeviceWorker {
         slot.stop();
         self.unwatch(&slot.endpoint);
         slot.endpoint.mailbox().close();
+        slot.device.retire();
         Some(slot.device)
     }
 
@@ -269,6 +293,10 @@ impl DeviceWorker {
             return;
         };
         let response = match request {
+            Request::Run(job) => {
+                job();
+                Response::Ran
+            }
             Request::Add(endpoint, device) => Response::Added(self.add(endpoint, device)),
             Request::Remove(index) => Response::Removed(self.remove(index)),
             Request::Update(index, update) => {

@@ -59,12 +59,11 @@ impl Desk {
             Action::Balloon(action) => return self.balloon(machine, action),
             Action::MemoryHotplug(action) => return self.memory(machine, action),
             Action::Mmds(action) => return self.metadata(action),
-            Action::PutDrive(_) | Action::PutPmem(_) | Action::PutNetworkInterface(_) => {
-                return Err(Fault::NotYet("adding devices to a running machine"));
+            Action::PutDrive(drive) => self.plug_drive(machine, metrics, drive)?,
+            Action::PutPmem(_) | Action::PutNetworkInterface(_) => {
+                return Err(Fault::NotYet("adding such devices to a running machine"));
             }
-            Action::Remove(_) => {
-                return Err(Fault::NotYet("removing devices from a running machine"));
-            }
+            Action::Remove(name) => self.unplug(machine, name)?,
             Action::CreateSnapshot => return Err(Fault::NotYet("making snapshots")),
             Action::PutMachineConfig(_)
             | Action::PatchMachineConfig(_)

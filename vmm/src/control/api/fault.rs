@@ -56,6 +56,9 @@ pub enum Fault {
     /// Another number of vCPUs is refused.
     #[error(transparent)]
     Vcpus(#[from] machine::vcpus::Error),
+    /// A device does not come, or go.
+    #[error(transparent)]
+    Hotplug(#[from] machine::hotplug::Error),
     /// A vCPU does not stop.
     #[error(
         "vCPU {0} is busy with a console that nobody reads, and does not pause; the machine runs on"

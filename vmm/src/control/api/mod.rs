@@ -13,6 +13,7 @@ mod counting;
 mod fault;
 pub mod http;
 mod memory;
+mod plug;
 pub mod routes;
 mod server;
 

@@ -153,6 +153,11 @@ impl Layer {
         })
     }
 
+    /// The files: the image, and the layer's own.
+    pub fn files(&self) -> [&File; 2] {
+        [&self.base, &self.upper]
+    }
+
     fn has(&self, cluster: u64) -> bool {
         let byte = usize::try_from(cluster / 8).ok();
         let byte = byte.and_then(|at| self.present.get(at));

@@ -15,7 +15,7 @@ use std::io;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use log::info;
+use log::{debug, info};
 use vm_memory::Bytes as _;
 
 use self::disk::{Disk, Store};
@@ -377,6 +377,18 @@ impl VirtioDevice for Block {
     fn metrics(&self) -> Option<Source> {
         let metrics = Arc::clone(&self.disk.metrics);
         Some(Source::device("block", self.id.clone(), metrics))
+    }
+
+    fn retire(&mut self) {
+        let files = match &self.disk.store {
+            Store::File(file) => [Some(file.as_ref()), None],
+            Store::Layered(layer) => layer.files().map(Some),
+        };
+        for file in files.into_iter().flatten() {
+            if let Err(error) = lock::release(file) {
+                debug!("drive {}: its lock stays: {error}", self.id);
+            }
+        }
     }
 
     fn update(&mut self, update: Update) -> Result<Answer, UpdateError> {

@@ -1,0 +1,70 @@
+//! Devices that come and go while the machine runs.
+//!
+//! What a device needs is opened by the broker, or was handed over; the device thread makes the device of it. Removing
+//! one asks the guest: it stays, in the config that is shown too, until the guest has let it go.
+
+use super::{Api, Desk, Fault};
+use crate::config::{Config, Drive};
+use crate::machine::RunningMachine;
+use crate::machine::devices::DeviceName;
+use crate::machine::hotplug;
+use crate::metrics::Reporter;
+
+impl Desk {
+    pub(super) fn plug_drive(
+        &mut self,
+        machine: &mut RunningMachine,
+        metrics: &mut Reporter,
+        drive: Drive,
+    ) -> Result<(), Fault> {
+        machine.can_plug(&DeviceName::Drive(drive.drive_id.clone()))?;
+        RunningMachine::check_drive(&drive)?;
+        let next = self.with_device(|config| config.drives.push(drive.clone()))?;
+        let backend = self.source.drive_later(&drive)?;
+        metrics.add(machine.plug_drive(&drive, backend)?);
+        self.config = next;
+        Ok(())
+    }
+
+    /// The config with one more device, if that is allowed.
+    fn with_device(&self, add: impl FnOnce(&mut Config)) -> Result<Config, Fault> {
+        let mut next = self.config.clone();
+        add(&mut next);
+        next.check_devices()?;
+        Ok(next)
+    }
+
+    pub(super) fn unplug(&self, machine: &RunningMachine, name: DeviceName) -> Result<(), Fault> {
+        let is_root = match &name {
+            DeviceName::Drive(id) => {
+                let mut drives = self.config.drives.iter();
+                drives.any(|drive| drive.is_root_device && drive.drive_id == *id)
+            }
+            DeviceName::Pmem(id) => {
+                let mut pmem = self.config.pmem.iter();
+                pmem.any(|pmem| pmem.root_device && pmem.id == *id)
+            }
+            _ => false,
+        };
+        if is_root {
+            return Err(hotplug::Error::Root(name).into());
+        }
+        Ok(machine.unplug(&name)?)
+    }
+}
+
+impl Api {
+    /// A device has gone: the config that is shown has it no more.
+    pub(in crate::control) fn forget(&mut self, name: &DeviceName) {
+        let config = &mut self.desk.config;
+        match name {
+            DeviceName::Drive(id) => config.drives.retain(|drive| drive.drive_id != *id),
+            DeviceName::Pmem(id) => config.pmem.retain(|pmem| pmem.id != *id),
+            DeviceName::NetworkInterface(id) => {
+                config.network_interfaces.retain(|card| card.iface_id != *id);
+            }
+            // What is only there once cannot be removed.
+            DeviceName::Only(_) => {}
+        }
+    }
+}

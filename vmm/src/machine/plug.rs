@@ -1,0 +1,83 @@
+//! Devices that a running machine gets and loses: made of what was opened for them, on the device thread.
+
+use super::devices::DeviceName;
+use super::hotplug::{Error, Hotplug};
+use super::{RunningMachine, drives};
+use crate::config::{Drive, IoEngine};
+use crate::metrics::Source;
+use crate::resources::DriveBackend;
+use crate::virtio::VirtioDevice;
+
+/// What a device that has come counts.
+type Counts = Option<Source>;
+
+impl RunningMachine {
+    /// Whether a device could come as `name`: to be asked before anything is opened for it.
+    ///
+    /// # Errors
+    /// When there is no PCI bus, no slot is free, or the name is taken.
+    pub fn can_plug(&self, name: &DeviceName) -> Result<(), Error> {
+        let hotplug = self.hotplug.as_ref().ok_or(Error::NoBus)?;
+        hotplug.room(name).map(drop)
+    }
+
+    /// Whether `drive` can be added to a running machine.
+    ///
+    /// # Errors
+    /// When something of it takes what a sealed process cannot do.
+    pub fn check_drive(drive: &Drive) -> Result<(), Error> {
+        let why = if drive.is_root_device {
+            "a machine boots from its root device; leave out `is_root_device`"
+        } else if drive.socket.is_some() {
+            "a back-end (`socket`) is connected to before the start; use `path_on_host`"
+        } else if drive.io_engine == Some(IoEngine::Async) {
+            "rings are made before the start; use `io_engine` Sync or Auto"
+        } else {
+            return Ok(());
+        };
+        let device = DeviceName::Drive(drive.drive_id.clone());
+        Err(Error::OnlyBefore { device, why })
+    }
+
+    /// Plugs a drive in. `Auto` is `Sync` for it.
+    ///
+    /// # Errors
+    /// See [`Error`]; the machine is as before then.
+    pub fn plug_drive(&mut self, drive: &Drive, backend: DriveBackend) -> Result<Counts, Error> {
+        Self::check_drive(drive)?;
+        let mut drive = drive.clone();
+        drive.io_engine = Some(IoEngine::Sync);
+        let name = DeviceName::Drive(drive.drive_id.clone());
+        self.plug(name, move || drives::device(&drive, backend))
+    }
+
+    fn plug(
+        &mut self,
+        name: DeviceName,
+        make: impl FnOnce() -> Result<Box<dyn VirtioDevice>, super::Error> + Send + 'static,
+    ) -> Result<Counts, Error> {
+        let hotplug = self.hotplug.as_mut().ok_or(Error::NoBus)?;
+        let (index, counts) = hotplug.add(&name, make)?;
+        self.devices.insert(index, name);
+        Ok(counts)
+    }
+
+    /// Asks the guest to let a device go. It is there until the guest does, and may be asked for again.
+    ///
+    /// # Errors
+    /// When there is no PCI bus, or no such device.
+    pub fn unplug(&self, name: &DeviceName) -> Result<(), Error> {
+        let hotplug = self.hotplug.as_ref().ok_or(Error::NoBus)?;
+        hotplug.remove(name)
+    }
+
+    /// Takes away the devices that the guest has let go, and returns their names.
+    pub fn take_ejected_devices(&mut self) -> Vec<DeviceName> {
+        let hotplug = self.hotplug.as_mut();
+        let gone = hotplug.map(Hotplug::settle).unwrap_or_default();
+        for name in &gone {
+            self.devices.remove(name);
+        }
+        gone
+    }
+}
