@@ -1,73 +1,8 @@
 //! A machine that is configured, started and changed by requests alone.
 
-use casemate_tests::{ApiAnswer, ApiClient, Running, Vm, bin, exit, pattern_disk};
+use casemate_tests::{ApiClient, Machine, Running, Vm, bin, exit, pattern_disk};
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
-
-/// A machine before its start, and a client of it.
-pub(super) struct Machine {
-    pub vm: Running,
-    client: ApiClient,
-}
-
-impl Machine {
-    #[track_caller]
-    pub fn new(vm: Vm) -> Self {
-        let path = vm.api_path();
-        let vm = vm.api().start().unwrap();
-        let client = ApiClient::connect(&path).unwrap_or_else(|error| panic!("{error:#}"));
-        Self { vm, client }
-    }
-
-    #[track_caller]
-    pub fn get(&mut self, path: &str) -> Value {
-        let answer = self.ask("GET", path, Value::Null);
-        assert_eq!(answer.status, 200, "{answer:?}");
-        answer.body
-    }
-
-    #[track_caller]
-    pub fn ask(&mut self, method: &str, path: &str, body: Value) -> ApiAnswer {
-        self.client
-            .ask(method, path, &body)
-            .unwrap_or_else(|error| panic!("{method} {path}: {error:#}"))
-    }
-
-    #[track_caller]
-    pub fn put(&mut self, path: &str, body: Value) -> ApiAnswer {
-        self.ask("PUT", path, body)
-    }
-
-    #[track_caller]
-    pub fn patch(&mut self, path: &str, body: Value) -> ApiAnswer {
-        self.ask("PATCH", path, body)
-    }
-
-    /// Puts the kernel of `config`, and the machine's size.
-    #[track_caller]
-    pub fn describe(&mut self, config: &Value) {
-        self.put("/boot-source", config["boot-source"].clone())
-            .assert_done();
-        self.put("/machine-config", config["machine-config"].clone())
-            .assert_done();
-    }
-
-    #[track_caller]
-    pub fn start(&mut self) {
-        self.act("InstanceStart").assert_done();
-    }
-
-    #[track_caller]
-    pub fn act(&mut self, action: &str) -> ApiAnswer {
-        self.put("/actions", json!({ "action_type": action }))
-    }
-
-    /// Ends a guest that does not by itself.
-    pub fn kill(self) {
-        self.vm.signal(Signal::SIGKILL).unwrap();
-        self.vm.wait().unwrap();
-    }
-}
 
 fn both(vm: impl Fn() -> Vm) -> [Vm; 2] {
     [vm(), vm().unjailed()]

@@ -63,6 +63,23 @@ pub fn mark(cmdline: &Cmdline, slot: usize) -> Result<(), Failure> {
     write_and_read_back(&mut Drive { queue }, last, false)
 }
 
+/// Has the first drive read as much as it can at once, and does not wait for it.
+pub fn leave_in_flight(cmdline: &Cmdline) -> Result<(), Failure> {
+    const HEADER: [u8; 16] = [0; 16];
+    static mut DATA: [u8; SECTOR * AT_ONCE] = [0; SECTOR * AT_ONCE];
+    static mut STATUS: u8 = 0;
+    let device = Device::find(cmdline, BLOCK, 0, FEATURES)?;
+    let mut queue = device.queue(0, 1)?;
+    device.finish()?;
+    let data = Buffer::In((&raw mut DATA).cast(), SECTOR * AT_ONCE);
+    let status = Buffer::In(&raw mut STATUS, 1);
+    for _ in 0..8 {
+        queue.add(0, &[Buffer::out(&HEADER), data, status]);
+    }
+    queue.kick();
+    Ok(())
+}
+
 pub fn run(cmdline: &Cmdline) -> Result<(), Failure> {
     let index = cmdline.number("probe.drive").unwrap_or(0) as usize;
     let device = Device::find(cmdline, BLOCK, index, FEATURES)?;

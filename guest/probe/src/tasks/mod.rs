@@ -5,6 +5,7 @@ mod blk;
 mod console;
 mod cpuid;
 mod fs;
+mod hotplug;
 mod mem;
 mod net;
 mod pit;
@@ -43,6 +44,7 @@ pub fn run(name: &str, cmdline: &Cmdline) -> Result<(), Failure> {
         "vsock" => vsock::echo(cmdline),
         "vsock-connect" => vsock::connect(cmdline),
         "vsock-many" => vsock::many(cmdline),
+        "hotplug" => hotplug::run(cmdline),
         "mem" => mem::run(cmdline),
         "net" => net::run(cmdline),
         "pmem" => pmem::run(cmdline),

@@ -5,6 +5,7 @@
 //! it has seen a new vector.
 
 use core::cell::Cell;
+use core::sync::atomic::{AtomicU32, Ordering};
 
 use super::{Doorbell, Transport};
 use crate::machine::{read8, read16, read32, write8, write16, write32};
@@ -29,7 +30,8 @@ const APIC_ID: u64 = APIC + 0x20;
 const APIC_SPURIOUS: u64 = APIC + 0xf0;
 const APIC_ON: u32 = 0x1ff;
 const APIC_REQUESTED: u64 = APIC + 0x200;
-const FIRST_VECTOR: u32 = 0x40;
+/// The next vector that no device has had: what one has left behind is no interrupt of another.
+static NEXT_VECTOR: AtomicU32 = AtomicU32::new(0x40);
 /// One MSI-X vector for the configuration, and one for each of so many queues.
 const VECTORS: usize = 9;
 
@@ -56,9 +58,8 @@ pub struct Pci {
     notify: u64,
     multiplier: u64,
     table: u64,
-    /// What each entry of the MSI-X table sends, and the next that none sends yet.
+    /// What each entry of the MSI-X table sends.
     vectors: [Cell<u32>; VECTORS],
-    next: Cell<u32>,
 }
 
 impl Pci {
@@ -88,7 +89,6 @@ impl Pci {
             multiplier: u64::from(read32(notify_capability + 16)),
             table: bar + u64::from(read32(msix + 4) & !7),
             vectors: [const { Cell::new(0) }; VECTORS],
-            next: Cell::new(FIRST_VECTOR),
         };
         write32(APIC_SPURIOUS, APIC_ON);
         let entries = usize::from(read16(msix + 2) & 0x7ff) + 1;
@@ -101,8 +101,7 @@ impl Pci {
 
     /// Gives an entry of the table a vector that was not seen yet, and unmasks it.
     fn renew(&self, entry: usize) {
-        let vector = self.next.get();
-        self.next.set(vector + 1);
+        let vector = NEXT_VECTOR.fetch_add(1, Ordering::Relaxed);
         self.vectors[entry].set(vector);
         let at = self.table + entry as u64 * 16;
         write32(at, APIC as u32 | read32(APIC_ID) >> 24 << 12);

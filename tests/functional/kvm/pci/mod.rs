@@ -12,6 +12,7 @@ mod block;
 mod console;
 #[path = "../entropy.rs"]
 mod entropy;
+mod hotplug;
 #[path = "../mem.rs"]
 mod mem;
 #[path = "../net.rs"]

@@ -1,0 +1,246 @@
+//! Devices that come and go while the guest runs: by requests, and the guest is told by ACPI.
+
+use std::fs::File;
+use std::path::{Path, PathBuf};
+
+use casemate_tests::{Machine, Vm, exit, pattern_disk};
+use nix::fcntl::{FcntlArg, fcntl};
+use nix::libc;
+use serde_json::{Value, json};
+
+/// A guest that waits for devices, uses each by `task`, and lets `rounds` of them go.
+fn guest(task: &str, rounds: u32) -> Vm {
+    Vm::probe(&format!(
+        "probe.task=hotplug probe.use={task} probe.rounds={rounds}"
+    ))
+    .pci()
+}
+
+/// Without a jail, and in one that may open what is beneath the test's directory.
+fn both(vm: impl Fn() -> Vm) -> [Vm; 2] {
+    let jailed = vm();
+    let dir = format!("{}/", jailed.dir().display());
+    let jailed = jailed.jailer_arg("--allow-open").jailer_arg(&dir);
+    [vm().unjailed(), jailed]
+}
+
+/// A started machine, and where its test's files are.
+fn start(vm: Vm) -> (Machine, PathBuf) {
+    let (config, dir) = (vm.config().clone(), vm.dir().to_owned());
+    let mut machine = Machine::new(vm);
+    machine.describe(&config);
+    machine.start();
+    machine.vm.wait_for_line("probe: waiting").unwrap();
+    (machine, dir)
+}
+
+/// A disk with the pattern that anybody may open.
+fn disk(dir: &Path, name: &str, sectors: u64) -> PathBuf {
+    use std::os::unix::fs::PermissionsExt as _;
+    let path = dir.join(name);
+    pattern_disk(&path, sectors).unwrap();
+    std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o666)).unwrap();
+    path
+}
+
+fn drive(id: &str, path: &Path) -> Value {
+    json!({"drive_id": id, "path_on_host": path, "is_root_device": false})
+}
+
+/// Whether nobody has locked the file.
+fn is_free(path: &Path) -> bool {
+    let file = File::options().read(true).write(true).open(path).unwrap();
+    let mut lock = libc::flock {
+        l_type: libc::F_WRLCK as i16,
+        l_whence: libc::SEEK_SET as i16,
+        l_start: 0,
+        l_len: 0,
+        l_pid: 0,
+    };
+    fcntl(&file, FcntlArg::F_OFD_GETLK(&mut lock)).unwrap();
+    lock.l_type == libc::F_UNLCK as i16
+}
+
+/// Removes a device, and waits until the guest has let it go, with `left` more to go, and the config says so.
+fn remove(machine: &mut Machine, path: &str, section: &str, left: u32) {
+    machine.ask("DELETE", path, Value::Null).assert_done();
+    let line = format!("probe: ejected, {left} to go");
+    machine.vm.wait_for_line(&line).unwrap();
+    machine.wait_until("the device is gone", |machine| {
+        machine.get("/vm/config")[section]
+            .as_array()
+            .unwrap()
+            .is_empty()
+    });
+}
+
+#[test]
+fn drives_come_and_go() {
+    for vm in both(|| guest("blk", 3)) {
+        let (mut machine, dir) = start(vm);
+        // The second time with the same name and file, the third with others.
+        for (round, name) in [(1, "a"), (2, "a"), (3, "b")] {
+            let image = disk(&dir, name, 32 * round);
+            let path = format!("/drives/{name}");
+            machine.put(&path, drive(name, &image)).assert_done();
+            let line = format!("probe: drive {name} sectors {} read-only false", 32 * round);
+            machine.vm.wait_for_line(&line).unwrap();
+            assert!(!is_free(&image));
+            machine
+                .put(&path, drive(name, &image))
+                .assert_refused("there is a drive");
+            if round == 3 {
+                machine.ask("DELETE", &path, Value::Null).assert_done();
+                break;
+            }
+            remove(&mut machine, &path, "drives", 3 - round as u32);
+            assert!(is_free(&image), "{round}");
+        }
+        let done = machine.vm.wait().unwrap();
+        done.assert_line("probe: hotplug ok");
+        assert_eq!(done.code, exit::GUEST_RESET, "{done:#?}");
+    }
+}
+
+#[test]
+fn what_cannot_come_or_go_is_refused() {
+    for vm in both(|| guest("boot", 1)) {
+        let root = disk(vm.dir(), "root", 8);
+        let config = vm.config().clone();
+        let dir = vm.dir().to_owned();
+        let mut machine = Machine::new(vm);
+        machine.describe(&config);
+        let body = json!({"drive_id": "root", "path_on_host": root, "is_root_device": true});
+        machine.put("/drives/root", body.clone()).assert_done();
+        machine.start();
+        machine.vm.wait_for_line("probe: waiting").unwrap();
+
+        let image = disk(&dir, "a", 8);
+        let before = machine.get("/vm/config");
+        for (change, words) in [
+            (json!({"is_root_device": true}), "root device"),
+            (json!({"io_engine": "Async"}), "io_engine"),
+            (json!({"socket": image, "path_on_host": null}), "socket"),
+            (json!({"queues": 8}), "8 queues"),
+            (json!({"path_on_host": root}), "used twice"),
+            (json!({"path_on_host": dir.join("none")}), "none"),
+            (json!({"path_on_host": "/dev/null"}), "/dev/null"),
+            (json!({"queues": 9}), "1 to 8"),
+        ] {
+            let mut body = drive("a", &image);
+            for (key, value) in change.as_object().unwrap() {
+                body[key] = value.clone();
+            }
+            machine.put("/drives/a", body).assert_refused(words);
+            assert_eq!(machine.get("/vm/config"), before, "{words}");
+            assert!(is_free(&image), "{words}");
+        }
+        for (path, words) in [
+            ("/drives/root", "cannot be removed"),
+            ("/drives/none", "no drive none"),
+            ("/network-interfaces/none", "no network interface none"),
+            ("/pmem/none", "no pmem none"),
+        ] {
+            machine
+                .ask("DELETE", path, Value::Null)
+                .assert_refused(words);
+        }
+        // All slots but that of the host bridge, of the root device and of one device that is built in by nobody.
+        for slot in 1..31 {
+            let id = format!("d{slot}");
+            let image = disk(&dir, &id, 1);
+            machine
+                .put(&format!("/drives/{id}"), drive(&id, &image))
+                .assert_done();
+        }
+        machine
+            .put("/drives/a", drive("a", &image))
+            .assert_refused("no PCI slot is free");
+        assert_eq!(
+            machine.get("/vm/config")["drives"]
+                .as_array()
+                .unwrap()
+                .len(),
+            31
+        );
+        machine.kill();
+    }
+}
+
+#[test]
+fn without_pci_nothing_comes_or_goes() {
+    let vm = Vm::probe("probe.task=spin").unjailed();
+    let image = disk(vm.dir(), "a", 8);
+    let config = vm.config().clone();
+    let mut machine = Machine::new(vm);
+    machine.describe(&config);
+    machine.put("/drives/a", drive("a", &image)).assert_done();
+    machine.start();
+    machine
+        .put("/drives/b", drive("b", &image))
+        .assert_refused("--enable-pci");
+    machine
+        .ask("DELETE", "/drives/a", Value::Null)
+        .assert_refused("--enable-pci");
+    machine.kill();
+}
+
+/// The guest is asked as often as the operator likes, and lets go when it likes: after a pause, say.
+#[test]
+fn a_paused_guest_is_told_when_it_runs_on() {
+    let (mut machine, dir) = start(guest("blk", 1).unjailed());
+    let image = disk(&dir, "a", 32);
+    let state = |machine: &mut Machine, state: &str| {
+        machine
+            .patch("/vm", json!({ "state": state }))
+            .assert_done();
+    };
+    state(&mut machine, "Paused");
+    machine.put("/drives/a", drive("a", &image)).assert_done();
+    state(&mut machine, "Resumed");
+    machine.vm.wait_for_line("probe: used").unwrap();
+    state(&mut machine, "Paused");
+    for _ in 0..3 {
+        machine
+            .ask("DELETE", "/drives/a", Value::Null)
+            .assert_done();
+    }
+    // It is there until the guest lets it go.
+    assert_eq!(machine.get("/vm/config")["drives"][0]["drive_id"], "a");
+    machine
+        .put("/drives/a", drive("a", &image))
+        .assert_refused("there is a drive a already");
+    assert!(!is_free(&image));
+    state(&mut machine, "Resumed");
+    let done = machine.vm.wait().unwrap();
+    done.assert_line("probe: hotplug ok");
+    assert_eq!(
+        done.stdout.matches("probe: leaving").count(),
+        1,
+        "{done:#?}"
+    );
+}
+
+/// A guest that lets go unasked, with requests in flight, and again and again.
+#[test]
+fn a_hostile_guest_takes_nothing_away_but_its_own_device() {
+    for vm in both(|| guest("blk probe.hostile=1", 8)) {
+        let (mut machine, dir) = start(vm);
+        let image = disk(&dir, "a", 64);
+        for round in 1..=8 {
+            let (id, path) = (format!("d{round}"), format!("/drives/d{round}"));
+            machine.put(&path, drive(&id, &image)).assert_done();
+            let line = format!("probe: drive {id} sectors 64");
+            machine.vm.wait_for_line(&line).unwrap();
+            if round == 8 {
+                machine.ask("DELETE", &path, Value::Null).assert_done();
+                break;
+            }
+            remove(&mut machine, &path, "drives", 8 - round);
+            assert!(is_free(&image));
+        }
+        let done = machine.vm.wait().unwrap();
+        done.assert_line("probe: hotplug ok");
+        assert_eq!(done.stdout.matches("probe: used").count(), 8, "{done:#?}");
+    }
+}
