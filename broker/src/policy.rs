@@ -1,5 +1,6 @@
 //! What a broker may do for its VMM: fixed at start, checked before anything is opened.
 
+use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Component, Path, PathBuf};
 use std::sync::Arc;
@@ -28,6 +29,9 @@ pub struct BrokerPolicy {
     /// Whether whatever this process's user may open and connect to is allowed besides: for a VMM without
     /// a jail, which could do so itself before it was sealed.
     pub unconfined: bool,
+    /// How a queue of a tap is attached, by the interface's name and whether it is one of several; for a VMM without
+    /// a jail.
+    pub tap: Option<fn(&str, bool) -> io::Result<OwnedFd>>,
 }
 
 /// A file that was handed over at start, and can be had again.
@@ -88,6 +92,17 @@ pub enum PolicyError {
     /// Not a regular file or a block device.
     #[error("{0:?} is neither a regular file nor a block device")]
     NotAFile(String),
+    /// A jail's taps come with it.
+    #[error("tap {0:?} is not granted: start the jailer with `--grant-tap {0}`")]
+    NoTap(String),
+    /// The tap cannot be had.
+    #[error("cannot use tap {name:?}: {source}")]
+    Tap {
+        /// The interface asked for.
+        name: String,
+        /// Why.
+        source: io::Error,
+    },
     /// No such vsock device.
     #[error("no vsock device {0:?}: start the jailer with `--grant-listen {0}`")]
     NoDevice(String),
@@ -121,6 +136,7 @@ impl BrokerPolicy {
     pub fn perform(&self, operation: &Operation) -> Result<Arc<OwnedFd>, PolicyError> {
         match operation {
             Operation::Open { name, write } => self.open(name, *write),
+            Operation::Tap { name, several } => self.tap(name, *several).map(Arc::new),
             Operation::Connect { device, port } => self.connect(device, *port).map(Arc::new),
         }
     }
@@ -166,6 +182,15 @@ impl BrokerPolicy {
             }
             None => Err(PolicyError::NotGranted(name.to_owned())),
         }
+    }
+
+    fn tap(&self, name: &str, several: bool) -> Result<OwnedFd, PolicyError> {
+        check_name(name)?;
+        let attach = self.tap.ok_or_else(|| PolicyError::NoTap(name.to_owned()))?;
+        attach(name, several).map_err(|source| PolicyError::Tap {
+            name: name.to_owned(),
+            source,
+        })
     }
 
     /// Connects to `<uds_path>_<port>`, which either works at once or is refused.

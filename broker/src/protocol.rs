@@ -47,6 +47,13 @@ pub enum Operation {
         /// For reading and writing; else for reading.
         write: bool,
     },
+    /// A queue of a tap, only without a jail: in one, taps are handed over at start.
+    Tap {
+        /// The interface.
+        name: String,
+        /// Whether it is to be one of several queues.
+        several: bool,
+    },
     /// A connection to the Unix socket `<device>_<port>`.
     Connect {
         /// The vsock device's `uds_path`, as granted.

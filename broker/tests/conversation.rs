@@ -57,6 +57,30 @@ fn refusal(client: &mut Client, op: Operation) -> String {
 }
 
 #[test]
+fn taps_come_from_whoever_was_told_how_and_in_a_jail_from_nobody() {
+    let tap = |name: &str| Operation::Tap {
+        name: name.into(),
+        several: true,
+    };
+    let (mut client, server) = serve(BrokerPolicy::default());
+    assert!(refusal(&mut client, tap("tap0")).contains("--grant-tap tap0"));
+    drop(client);
+    server.join().unwrap().unwrap();
+    let (mut client, server) = serve(BrokerPolicy {
+        tap: Some(|name, several| match (name, several) {
+            ("tap0", true) => Ok(pair().0),
+            _ => Err(std::io::ErrorKind::NotFound.into()),
+        }),
+        ..BrokerPolicy::default()
+    });
+    client.call(tap("tap0"), WAIT).unwrap();
+    assert!(refusal(&mut client, tap("tap1")).contains("cannot use tap \"tap1\""));
+    assert!(refusal(&mut client, tap("tap\n0")).contains("control character"));
+    drop(client);
+    server.join().unwrap().unwrap();
+}
+
+#[test]
 fn files_come_from_what_was_passed_the_allow_list_and_the_chroot() {
     let base = tempfile::tempdir().unwrap();
     let write = |name: &str| {
@@ -90,7 +114,7 @@ fn files_come_from_what_was_passed_the_allow_list_and_the_chroot() {
         ],
         chroot: Some(directory(&base.path().join("root"))),
         connections: Vec::new(),
-        unconfined: false,
+        ..BrokerPolicy::default()
     });
     for (name, text) in [
         ("passed-name", "passed"),

@@ -434,6 +434,7 @@ impl<'a> Jail<'a> {
                 })
                 .collect(),
             unconfined: false,
+            tap: None,
         }
     }
 

@@ -55,6 +55,7 @@ use command_line::command_line;
 pub use console::ConsolePanel;
 use devices::Devices;
 use hotplug::Hotplug;
+use network::Metadata;
 pub use pmem::explain;
 use vcpus::Vcpus;
 
@@ -158,6 +159,7 @@ pub struct Machine {
     worker: Option<DeviceWorker>,
     hotplug: Option<Hotplug>,
     devices: Devices,
+    metadata: Metadata,
     panel: Panel,
 }
 
@@ -193,6 +195,8 @@ pub struct RunningMachine {
     pub hotplug: Option<Hotplug>,
     /// The virtio devices by their names.
     pub devices: Devices,
+    /// What cards that come may lead to.
+    metadata: Metadata,
     vcpus: Vcpus,
     /// The memslots stay valid as long as this does.
     _vm: Vm,
@@ -261,7 +265,9 @@ pub fn build(config: &Config, resources: Resources, options: Options) -> Result<
 
     let ends = Arc::new(EndSignal::new().map_err(host("make an eventfd"))?);
     let mut panel = panel(config, &memory, ends, metadata, serial)?;
-    let cards = network::cards(config, taps, &panel.metadata, &mut panel.metrics)?;
+    let metadata = Metadata::new(config, &panel.metadata)?;
+    panel.metrics.extend(metadata.metrics());
+    let cards = network::cards(config, taps, &metadata)?;
     let mut devices = virtio_devices(config, drives, cards, vsock)?;
     for device in pmem {
         panel.pmem.push(Arc::clone(device.file()));
@@ -325,6 +331,7 @@ pub fn build(config: &Config, resources: Resources, options: Options) -> Result<
         devices: Devices::new(names, worker.as_ref().map(DeviceWorker::handle)),
         worker,
         hotplug,
+        metadata,
         panel,
     })
 }
@@ -511,6 +518,7 @@ impl Machine {
             panel: self.panel,
             hotplug: self.hotplug,
             devices: self.devices,
+            metadata: self.metadata,
             vcpus: Vcpus::new(vcpus, registers),
             _vm: self.vm,
         })

@@ -120,7 +120,7 @@ pub struct Resources {
     /// One for each of the config's persistent memory devices.
     pub pmem: Vec<File>,
     /// The queues of a tap for each of the config's network interfaces.
-    pub taps: Vec<Vec<File>>,
+    pub taps: Vec<Vec<Arc<File>>>,
     /// The vsock device's.
     pub vsock: Option<VsockSockets>,
     /// What the metadata service shows.
@@ -282,6 +282,9 @@ impl Source {
         let pmem = config.pmem.iter();
         let pmem = pmem.map(|pmem| self.file("pmem", &pmem.path_on_host, !pmem.read_only));
         let pmem = pmem.collect::<Result<_, _>>()?;
+        if let Self::Served(served) = self {
+            served.prepare_taps();
+        }
         let taps = config.network_interfaces.iter();
         let taps = taps.map(|network| self.taps(&network.host_dev_name, network.queues));
         let taps = taps.collect::<Result<_, _>>()?;
@@ -387,17 +390,15 @@ impl Source {
 
     /// The queues of a tap. In the hand-over the first has the tap's name, the others with `:1`,
     /// `:2`... behind it.
-    fn taps(&mut self, name: &str, queues: u8) -> Result<Vec<File>, Error> {
-        let what = "tap";
+    fn taps(&mut self, name: &str, queues: u8) -> Result<Vec<Arc<File>>, Error> {
         match self {
-            Self::Direct => open_taps(name, queues),
+            Self::Direct => Ok(open_taps(name, queues)?.into_iter().map(Arc::new).collect()),
             Self::Jailed(jail) => {
-                let queue = |index| match index {
-                    0 => jail.take(what, name, Kind::Tap),
-                    _ => jail.take(what, &format!("{name}:{index}"), Kind::Tap),
-                };
-                let queues = (0..queues).map(queue);
-                queues.map(|queue| queue.map(File::from)).collect()
+                let queue = |name: String| jail.take("tap", &name, Kind::Tap);
+                let queues = queue_names(name, queues).map(queue);
+                queues
+                    .map(|queue| Ok(Arc::new(queue?.into())))
+                    .collect()
             }
             Self::Served(served) => served.taps(name, queues),
         }
@@ -413,6 +414,14 @@ impl Source {
             Self::Served(served) => served.listener(path),
         }
     }
+}
+
+/// What the queues of a tap are called in the hand-over.
+fn queue_names(tap: &str, queues: u8) -> impl Iterator<Item = String> {
+    (0..queues).map(move |index| match index {
+        0 => tap.to_owned(),
+        _ => format!("{tap}:{index}"),
+    })
 }
 
 fn open_taps(name: &str, queues: u8) -> Result<Vec<File>, Error> {

@@ -9,13 +9,13 @@ use nix::sched::{CloneFlags, setns};
 use nix::sys::socket::{MsgFlags, recv, send, setsockopt, sockopt};
 use nix::sys::time::{TimeVal, TimeValLike};
 
-const MAC: &str = "06:00:ac:10:00:02";
-const MAC_BYTES: [u8; 6] = [6, 0, 0xac, 0x10, 0, 2];
-const SENDER: [u8; 6] = [2, 0, 0, 0, 0, 1];
+pub const MAC: &str = "06:00:ac:10:00:02";
+pub const MAC_BYTES: [u8; 6] = [6, 0, 0xac, 0x10, 0, 2];
+pub const SENDER: [u8; 6] = [2, 0, 0, 0, 0, 1];
 const ETHERTYPE: [u8; 2] = [0x88, 0xb5];
 
 /// Runs `body` on a thread inside `netns`, with a packet socket on the tap.
-fn inside<T: Send>(netns: &Netns, body: impl FnOnce(&OwnedFd) -> T + Send) -> T {
+pub fn inside<T: Send>(netns: &Netns, body: impl FnOnce(&OwnedFd) -> T + Send) -> T {
     let namespace = File::open(netns.path()).unwrap();
     let socket = netns.listen();
     setsockopt(&socket, sockopt::ReceiveTimeout, &TimeVal::seconds(20)).unwrap();
@@ -28,14 +28,14 @@ fn inside<T: Send>(netns: &Netns, body: impl FnOnce(&OwnedFd) -> T + Send) -> T 
     })
 }
 
-fn frame(to: [u8; 6], from: [u8; 6], payload: &[u8]) -> Vec<u8> {
+pub fn frame(to: [u8; 6], from: [u8; 6], payload: &[u8]) -> Vec<u8> {
     let mut frame = [&to[..], &from, &ETHERTYPE, payload].concat();
     frame.resize(frame.len().max(60), 0);
     frame
 }
 
 /// The next frame of our Ethertype that came from the guest.
-fn receive(socket: &OwnedFd) -> Vec<u8> {
+pub fn receive(socket: &OwnedFd) -> Vec<u8> {
     let mut bytes = vec![0; 4096];
     loop {
         let len = recv(socket.as_raw_fd(), &mut bytes, MsgFlags::empty()).unwrap();

@@ -6,6 +6,7 @@ mod discard;
 mod ending;
 mod every_device;
 mod guest;
+mod hotplug;
 mod images;
 mod machine;
 mod memory;

@@ -4,54 +4,89 @@ use std::fs::File;
 use std::sync::Arc;
 
 use super::{Error, limits};
-use crate::config::{Config, MmdsConfig, MmdsVersion};
+use crate::config::{Config, MmdsConfig, MmdsVersion, NetworkInterface};
 use crate::metrics::Source;
 use crate::mmds::{self, Service, ServiceOptions, Stack, Store};
-use crate::virtio::{Net, NetOptions};
+use crate::virtio::{Net, NetOptions, net};
 
 /// What a driver sends that was not told an MTU.
 const USUAL_MTU: u16 = 1500;
 
-/// The cards of `config`, each on its tap's queues. What the metadata service counts joins `metrics`.
+/// The metadata service, and the names of the cards that lead to it; none without the service.
+#[derive(Clone, Default)]
+pub struct Metadata {
+    service: Option<Arc<Service>>,
+    cards: Vec<String>,
+}
+
+impl Metadata {
+    /// That of `config`.
+    ///
+    /// # Errors
+    /// When the host gives no random bytes.
+    pub fn new(config: &Config, store: &Arc<Store>) -> Result<Self, Error> {
+        let Some(mmds) = &config.mmds_config else {
+            return Ok(Self::default());
+        };
+        Ok(Self {
+            service: Some(service(mmds, store)?),
+            cards: mmds.network_interfaces.clone(),
+        })
+    }
+
+    /// What the service counts.
+    pub fn metrics(&self) -> Option<Source> {
+        self.service.as_deref().map(Service::metrics)
+    }
+
+    /// What this card has of it.
+    fn stack(&self, card: &NetworkInterface) -> Result<Option<Stack>, Error> {
+        let leads_there = self.cards.contains(&card.iface_id);
+        let mtu = card.mtu.unwrap_or(USUAL_MTU);
+        let stack = |service: &Arc<Service>| Stack::new(Arc::clone(service), mtu);
+        let service = self.service.as_ref().filter(|_| leads_there);
+        service.map(stack).transpose().map_err(Error::Metadata)
+    }
+}
+
+/// The cards of `config`, each on its tap's queues.
 ///
 /// # Errors
 /// When a tap is not as it must be, or the host gives no random bytes.
 pub fn cards(
     config: &Config,
-    taps: Vec<Vec<File>>,
-    metadata: &Arc<Store>,
-    metrics: &mut Vec<Source>,
+    taps: Vec<Vec<Arc<File>>>,
+    metadata: &Metadata,
 ) -> Result<Vec<Net>, Error> {
-    let mmds = config.mmds_config.as_ref();
-    let service = mmds.map(|mmds| service(mmds, metadata)).transpose()?;
-    metrics.extend(service.as_deref().map(Service::metrics));
-    let mut cards = Vec::with_capacity(taps.len());
-    for (network, taps) in config.network_interfaces.iter().zip(taps) {
-        let leads_there =
-            mmds.is_some_and(|mmds| mmds.network_interfaces.contains(&network.iface_id));
-        let stack = |service: &Arc<Service>| {
-            let mtu = network.mtu.unwrap_or(USUAL_MTU);
-            Stack::new(Arc::clone(service), mtu).map_err(Error::Metadata)
-        };
-        let card = Net::new(NetOptions {
-            id: network.iface_id.clone(),
-            taps,
-            mac: network.guest_mac.map(|mac| mac.0),
-            mtu: network.mtu,
-            rx_limits: limits(network.rx_rate_limiter),
-            tx_limits: limits(network.tx_rate_limiter),
-            mmds: service
-                .as_ref()
-                .filter(|_| leads_there)
-                .map(stack)
-                .transpose()?,
-        });
-        cards.push(card.map_err(|source| Error::Net {
-            id: network.iface_id.clone(),
-            source,
-        })?);
-    }
-    Ok(cards)
+    let cards = config.network_interfaces.iter().zip(taps);
+    cards
+        .map(|(network, taps)| card(network, taps, metadata, Net::new))
+        .collect()
+}
+
+/// A card on its tap's queues, made by `make`.
+///
+/// # Errors
+/// As [`cards`].
+pub fn card(
+    network: &NetworkInterface,
+    taps: Vec<Arc<File>>,
+    metadata: &Metadata,
+    make: fn(NetOptions) -> Result<Net, net::Error>,
+) -> Result<Net, Error> {
+    let card = make(NetOptions {
+        id: network.iface_id.clone(),
+        taps,
+        mac: network.guest_mac.map(|mac| mac.0),
+        mtu: network.mtu,
+        rx_limits: limits(network.rx_rate_limiter),
+        tx_limits: limits(network.tx_rate_limiter),
+        mmds: metadata.stack(network)?,
+    });
+    card.map_err(|source| Error::Net {
+        id: network.iface_id.clone(),
+        source,
+    })
 }
 
 fn service(config: &MmdsConfig, store: &Arc<Store>) -> Result<Arc<Service>, Error> {

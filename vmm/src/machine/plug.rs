@@ -1,12 +1,15 @@
 //! Devices that a running machine gets and loses: made of what was opened for them, on the device thread.
 
+use std::fs::File;
+use std::sync::Arc;
+
 use super::devices::DeviceName;
 use super::hotplug::{Error, Hotplug};
-use super::{RunningMachine, drives};
-use crate::config::{Drive, IoEngine};
+use super::{RunningMachine, drives, network};
+use crate::config::{Drive, IoEngine, NetworkInterface};
 use crate::metrics::Source;
 use crate::resources::DriveBackend;
-use crate::virtio::VirtioDevice;
+use crate::virtio::{Net, VirtioDevice};
 
 /// What a device that has come counts.
 type Counts = Option<Source>;
@@ -49,6 +52,23 @@ impl RunningMachine {
         drive.io_engine = Some(IoEngine::Sync);
         let name = DeviceName::Drive(drive.drive_id.clone());
         self.plug(name, move || drives::device(&drive, backend))
+    }
+
+    /// Plugs a network card in, whose tap is prepared ([`net::prepare`](crate::virtio::net::prepare)).
+    ///
+    /// # Errors
+    /// See [`Error`]; the machine is as before then.
+    pub fn plug_card(
+        &mut self,
+        card: &NetworkInterface,
+        taps: Vec<Arc<File>>,
+    ) -> Result<Counts, Error> {
+        let (card, metadata) = (card.clone(), self.metadata.clone());
+        let name = DeviceName::NetworkInterface(card.iface_id.clone());
+        self.plug(name, move || {
+            let card = network::card(&card, taps, &metadata, Net::on_prepared)?;
+            Ok(Box::new(card))
+        })
     }
 
     fn plug(

@@ -8,6 +8,9 @@ use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::{UnixListener, UnixStream};
+use std::sync::Arc;
+
+use log::warn;
 
 use casemate_broker::{
     BrokerPolicy, Client, Handover, HandoverError, Kind, Operation, handover, spawn_unjailed_for,
@@ -15,8 +18,10 @@ use casemate_broker::{
 
 use super::{
     BROKER_PATIENCE, Error, Source, append, open, open_device, open_file, open_listener, open_taps,
+    queue_names, tap,
 };
 use crate::lockdown::{self, Role, Stage};
+use crate::virtio::net;
 
 /// Where it comes from.
 pub struct Served {
@@ -39,6 +44,9 @@ enum Origin {
         handover: Handover,
         /// What of it the machine has.
         shared: Vec<String>,
+        /// The queues of its taps. They are the jail's until it ends: a card that comes may have one that another card
+        /// has had.
+        taps: BTreeMap<String, Arc<File>>,
     },
 }
 
@@ -51,6 +59,7 @@ impl Served {
     pub fn direct() -> Result<Self, Error> {
         let policy = BrokerPolicy {
             unconfined: true,
+            tap: Some(tap::open_queue),
             ..BrokerPolicy::default()
         };
         let seal = || lockdown::enter(Role::Broker, Stage::Sealed);
@@ -78,12 +87,24 @@ impl Served {
                 source,
             }),
         };
+        let device_broker = socket(handover::BROKER)?;
+        let broker = socket(handover::CONTROL_BROKER)?.map(Client::new);
+        let names = handover.remaining();
+        let names = names.filter(|(_, kind)| *kind == Kind::Tap);
+        let names: Vec<String> = names.map(|(name, _)| name.to_owned()).collect();
+        let mut taps = BTreeMap::new();
+        for name in names {
+            if let Ok(queue) = handover.take(&name, &[Kind::Tap]) {
+                taps.insert(name, Arc::new(queue.into()));
+            }
+        }
         Ok(Self {
-            device_broker: socket(handover::BROKER)?,
-            broker: socket(handover::CONTROL_BROKER)?.map(Client::new),
+            device_broker,
+            broker,
             origin: Origin::Jailed {
                 handover,
                 shared: Vec::new(),
+                taps,
             },
         })
     }
@@ -125,12 +146,11 @@ impl Served {
     }
 
     /// The queues of a tap; see [`Source::open`].
-    pub(super) fn taps(&mut self, name: &str, queues: u8) -> Result<Vec<File>, Error> {
-        let names = (0..queues).map(|index| match index {
-            0 => name.to_owned(),
-            _ => format!("{name}:{index}"),
-        });
-        let names: Vec<String> = names.collect();
+    pub(super) fn taps(&mut self, name: &str, queues: u8) -> Result<Vec<Arc<File>>, Error> {
+        let names: Vec<String> = queue_names(name, queues).collect();
+        if let Origin::Jailed { handover, taps, .. } = &mut self.origin {
+            return handed_over(taps, handover, &names);
+        }
         if let Origin::Direct { kept, locked } = &mut self.origin
             && !names.iter().all(|name| kept.contains_key(name))
             && !*locked
@@ -151,9 +171,40 @@ impl Served {
         };
         let queues = names.iter().map(|name| {
             let queue = self.unique("tap", name, Kind::Tap, || Err(late(name)))?;
-            Ok(File::from(queue))
+            Ok(Arc::new(queue.into()))
         });
         queues.collect()
+    }
+
+    /// Prepares the taps that were handed over for cards that come later, when it cannot be done any more.
+    pub(super) fn prepare_taps(&mut self) {
+        if let Origin::Jailed { taps, .. } = &mut self.origin {
+            taps.retain(|name, queue| {
+                let prepared = net::prepare(queue, false);
+                prepared
+                    .inspect_err(|error| warn!("tap {name:?} cannot be used: {error}"))
+                    .is_ok()
+            });
+        }
+    }
+
+    /// The queues of a tap, prepared, after the start: those that were handed over, or else from the broker.
+    ///
+    /// # Errors
+    /// When they cannot be had; in a jail the error names the jailer's flag that grants them.
+    pub fn taps_later(&mut self, name: &str, queues: u8) -> Result<Vec<Arc<File>>, Error> {
+        if let Origin::Jailed { handover, taps, .. } = &mut self.origin {
+            let names: Vec<String> = queue_names(name, queues).collect();
+            return handed_over(taps, handover, &names);
+        }
+        let queue = |_| {
+            let op = Operation::Tap {
+                name: name.to_owned(),
+                several: queues > 1,
+            };
+            Ok(Arc::new(self.call("tap", name, op)?.into()))
+        };
+        (0..queues).map(queue).collect()
     }
 
     /// A connection to a vhost-user back-end. After a start that failed the back-end has been spoken to, and
@@ -204,7 +255,9 @@ impl Served {
         match &mut self.origin {
             Origin::Direct { locked: false, .. } => open_file(what, name, write),
             Origin::Direct { .. } => self.ask(what, name, write),
-            Origin::Jailed { handover, shared } => match handover.share(name, file_kinds(write)) {
+            Origin::Jailed {
+                handover, shared, ..
+            } => match handover.share(name, file_kinds(write)) {
                 Err(HandoverError::Missing(..)) if self.broker.is_some() => {
                     self.ask(what, name, write)
                 }
@@ -242,16 +295,19 @@ impl Served {
     }
 
     fn ask(&mut self, what: &'static str, name: &str, write: bool) -> Result<File, Error> {
-        let Some(broker) = &mut self.broker else {
-            let source = io::ErrorKind::PermissionDenied.into();
-            return Err(open(what, name, source));
-        };
         let op = Operation::Open {
             name: name.to_owned(),
             write,
         };
-        let answer = broker.call(op, BROKER_PATIENCE);
-        answer.map(File::from).map_err(|source| Error::Broker {
+        self.call(what, name, op).map(File::from)
+    }
+
+    fn call(&mut self, what: &'static str, name: &str, op: Operation) -> Result<OwnedFd, Error> {
+        let Some(broker) = &mut self.broker else {
+            let source = io::ErrorKind::PermissionDenied.into();
+            return Err(open(what, name, source));
+        };
+        broker.call(op, BROKER_PATIENCE).map_err(|source| Error::Broker {
             what,
             name: name.to_owned(),
             source,
@@ -267,7 +323,9 @@ impl Served {
         open_it: impl FnOnce() -> Result<OwnedFd, Error>,
     ) -> Result<OwnedFd, Error> {
         match &mut self.origin {
-            Origin::Jailed { handover, shared } => {
+            Origin::Jailed {
+                handover, shared, ..
+            } => {
                 let found = handover.share(name, &[kind]);
                 shared.push(name.to_owned());
                 found.map_err(|source| Error::Handover { what, source })
@@ -308,9 +366,11 @@ impl Served {
         self.device_broker = None;
         match &mut self.origin {
             Origin::Direct { kept, .. } => kept.clear(),
-            Origin::Jailed { handover, shared } => {
+            Origin::Jailed {
+                handover, shared, ..
+            } => {
                 for name in shared.drain(..) {
-                    let all = [Kind::Kvm, Kind::FileRo, Kind::FileRw, Kind::Tap];
+                    let all = [Kind::Kvm, Kind::FileRo, Kind::FileRw];
                     let all = [&all[..], &[Kind::Listener, Kind::Stream]].concat();
                     // It closes here, and what is of another kind was not shared.
                     drop(handover.take(&name, &all));
@@ -357,6 +417,17 @@ impl Source {
         }
     }
 
+    /// See [`Served::taps_later`].
+    ///
+    /// # Errors
+    /// When they cannot be had.
+    pub fn taps_later(&mut self, name: &str, queues: u8) -> Result<Vec<Arc<File>>, Error> {
+        match self {
+            Self::Served(served) => served.taps_later(name, queues),
+            other => other.taps(name, queues),
+        }
+    }
+
     /// See [`Served::file_later`].
     ///
     /// # Errors
@@ -372,6 +443,20 @@ impl Source {
             other => other.file(what, name, write),
         }
     }
+}
+
+/// Those of the jail's taps, by the names of their queues.
+fn handed_over(
+    taps: &BTreeMap<String, Arc<File>>,
+    handover: &mut Handover,
+    names: &[String],
+) -> Result<Vec<Arc<File>>, Error> {
+    let queue = |name: &String| match (taps.get(name), handover.take(name, &[Kind::Tap])) {
+        (Some(queue), _) => Ok(Arc::clone(queue)),
+        (None, Ok(queue)) => Ok(Arc::new(queue.into())),
+        (None, Err(source)) => Err(Error::Handover { what: "tap", source }),
+    };
+    names.iter().map(queue).collect()
 }
 
 fn file_kinds(write: bool) -> &'static [Kind] {

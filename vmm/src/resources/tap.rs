@@ -3,9 +3,13 @@
 
 use std::fs::{File, OpenOptions};
 use std::io;
+use std::os::fd::OwnedFd;
 
+use nix::fcntl::{AT_FDCWD, OFlag, OpenHow, openat2};
 use vmm_sys_util::ioctl::ioctl_with_ref;
 use vmm_sys_util::ioctl_iow_nr;
+
+use crate::virtio::net;
 
 /// Longest interface name in bytes (IFNAMSIZ, less its NUL).
 const MAX_NAME: usize = 15;
@@ -39,11 +43,44 @@ pub fn open(name: &str, queues: u8) -> io::Result<Vec<File>> {
     Ok(files)
 }
 
+/// Attaches to one queue of the tap `name` and prepares it for a card: for the broker, whose policy knows these calls
+/// and no others.
+///
+/// # Errors
+/// As [`open`].
+pub fn open_queue(name: &str, several: bool) -> io::Result<OwnedFd> {
+    let missing = || io::Error::new(io::ErrorKind::NotFound, "there is no such interface");
+    if name.len() > MAX_NAME {
+        return Err(missing());
+    }
+    let attach = |more| {
+        let flags = OFlag::O_RDWR | OFlag::O_CLOEXEC | OFlag::O_NONBLOCK;
+        let tun = openat2(AT_FDCWD, "/dev/net/tun", OpenHow::new().flags(flags))?;
+        attach_to(File::from(tun), name, more)
+    };
+    let queue = match attach(if several { libc::IFF_MULTI_QUEUE } else { 0 }) {
+        // As in `open`.
+        Err(error) if !several && error.kind() == io::ErrorKind::InvalidInput => {
+            attach(libc::IFF_MULTI_QUEUE)?
+        }
+        result => result?,
+    };
+    // Had it not been there, it was made just now, and goes away with its descriptor.
+    if net::prepare(&queue, several)? & libc::IFF_PERSIST == 0 {
+        return Err(missing());
+    }
+    Ok(queue.into())
+}
+
 fn attach(name: &str, more: libc::c_int) -> io::Result<File> {
     let tun = OpenOptions::new()
         .read(true)
         .write(true)
         .open("/dev/net/tun")?;
+    attach_to(tun, name, more)
+}
+
+fn attach_to(tun: File, name: &str, more: libc::c_int) -> io::Result<File> {
     // SAFETY: all zeros is a valid ifreq, plain old data with no references.
     let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
     for (place, byte) in request.ifr_name.iter_mut().zip(name.bytes()) {

@@ -1,12 +1,16 @@
 //! Devices that come and go while the guest runs: by requests, and the guest is told by ACPI.
 
 use std::fs::File;
+use std::os::fd::AsRawFd as _;
 use std::path::{Path, PathBuf};
 
-use casemate_tests::{Machine, Vm, exit, pattern_disk};
+use casemate_tests::{Machine, Netns, Vm, exit, pattern_disk};
 use nix::fcntl::{FcntlArg, fcntl};
 use nix::libc;
+use nix::sys::socket::{MsgFlags, send};
 use serde_json::{Value, json};
+
+use super::net::{MAC, MAC_BYTES, SENDER, frame, inside, receive};
 
 /// A guest that waits for devices, uses each by `task`, and lets `rounds` of them go.
 fn guest(task: &str, rounds: u32) -> Vm {
@@ -243,4 +247,71 @@ fn a_hostile_guest_takes_nothing_away_but_its_own_device() {
         done.assert_line("probe: hotplug ok");
         assert_eq!(done.stdout.matches("probe: used").count(), 8, "{done:#?}");
     }
+}
+
+#[test]
+fn cards_come_and_go() {
+    for jailed in [false, true] {
+        let netns = Netns::with_tap(None);
+        let vm = guest("net", 2);
+        let vm = if jailed {
+            let words = ["--netns", &netns.path(), "--grant-tap", "tap0"];
+            words.iter().fold(vm, |vm, word| vm.jailer_arg(word))
+        } else {
+            vm.unjailed()
+        };
+        // Without a jail the broker attaches to the tap in the namespace that the VMM is started in: this thread's.
+        inside(&netns, |socket| {
+            let (mut machine, _) = start(vm);
+            let card = |id: &str, tap: &str| json!({"iface_id": id, "host_dev_name": tap, "guest_mac": MAC});
+            machine
+                .put("/network-interfaces/none", card("none", "tap7"))
+                .assert_refused(if jailed { "--grant-tap" } else { "no such interface" });
+            // The second has the tap that the first has left.
+            for (id, left) in [("eth0", 1), ("eth1", 0)] {
+                let path = format!("/network-interfaces/{id}");
+                machine.put(&path, card(id, "tap0")).assert_done();
+                assert_eq!(&receive(socket)[14..19], b"ready");
+                let sent = frame(MAC_BYTES, SENDER, b"one");
+                send(socket.as_raw_fd(), &sent, MsgFlags::empty()).unwrap();
+                assert_eq!(receive(socket), frame(SENDER, MAC_BYTES, b"one"));
+                machine
+                    .put(&path, card(id, "tap0"))
+                    .assert_refused("there is a network interface");
+                if left == 0 {
+                    machine.ask("DELETE", &path, Value::Null).assert_done();
+                } else {
+                    remove(&mut machine, &path, "network-interfaces", left);
+                }
+            }
+            machine.vm.wait().unwrap().assert_line("probe: hotplug ok");
+        });
+    }
+}
+
+/// What the jailer granted is open in the broker, too: its lock goes with the device, not with the jail.
+#[test]
+fn a_granted_image_is_free_once_its_drive_is_gone() {
+    let vm = guest("blk", 2);
+    let image = disk(vm.dir(), "a", 32);
+    let vm = vm
+        .jailer_arg("--grant-rw")
+        .jailer_arg(image.to_str().unwrap());
+    let (mut machine, _) = start(vm);
+    for (id, left) in [("a", 1), ("b", 0)] {
+        let path = format!("/drives/{id}");
+        machine.put(&path, drive(id, &image)).assert_done();
+        machine
+            .vm
+            .wait_for_line(&format!("probe: drive {id} sectors 32"))
+            .unwrap();
+        assert!(!is_free(&image));
+        if left == 0 {
+            machine.ask("DELETE", &path, Value::Null).assert_done();
+        } else {
+            remove(&mut machine, &path, "drives", left);
+            assert!(is_free(&image));
+        }
+    }
+    machine.vm.wait().unwrap().assert_line("probe: hotplug ok");
 }

@@ -60,7 +60,8 @@ impl Desk {
             Action::MemoryHotplug(action) => return self.memory(machine, action),
             Action::Mmds(action) => return self.metadata(action),
             Action::PutDrive(drive) => self.plug_drive(machine, metrics, drive)?,
-            Action::PutPmem(_) | Action::PutNetworkInterface(_) => {
+            Action::PutNetworkInterface(card) => self.plug_card(machine, metrics, card)?,
+            Action::PutPmem(_) => {
                 return Err(Fault::NotYet("adding such devices to a running machine"));
             }
             Action::Remove(name) => self.unplug(machine, name)?,

@@ -4,7 +4,7 @@
 //! one asks the guest: it stays, in the config that is shown too, until the guest has let it go.
 
 use super::{Api, Desk, Fault};
-use crate::config::{Config, Drive};
+use crate::config::{Config, Drive, NetworkInterface};
 use crate::machine::RunningMachine;
 use crate::machine::devices::DeviceName;
 use crate::machine::hotplug;
@@ -22,6 +22,20 @@ impl Desk {
         let next = self.with_device(|config| config.drives.push(drive.clone()))?;
         let backend = self.source.drive_later(&drive)?;
         metrics.add(machine.plug_drive(&drive, backend)?);
+        self.config = next;
+        Ok(())
+    }
+
+    pub(super) fn plug_card(
+        &mut self,
+        machine: &mut RunningMachine,
+        metrics: &mut Reporter,
+        card: NetworkInterface,
+    ) -> Result<(), Fault> {
+        machine.can_plug(&DeviceName::NetworkInterface(card.iface_id.clone()))?;
+        let next = self.with_device(|config| config.network_interfaces.push(card.clone()))?;
+        let taps = self.source.taps_later(&card.host_dev_name, card.queues)?;
+        metrics.add(machine.plug_card(&card, taps)?);
         self.config = next;
         Ok(())
     }

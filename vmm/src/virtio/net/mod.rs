@@ -63,7 +63,7 @@ pub struct NetOptions {
     pub id: String,
     /// The queues of a tap opened with `IFF_TAP | IFF_NO_PI | IFF_VNET_HDR`, and with
     /// `IFF_MULTI_QUEUE` if there are more than one: 1 to [`MAX_PAIRS`].
-    pub taps: Vec<File>,
+    pub taps: Vec<Arc<File>>,
     /// The guest's address; without one the guest makes one up.
     pub mac: Option<[u8; 6]>,
     /// Largest packet in bytes, without the Ethernet header, that the guest should send.
@@ -91,7 +91,7 @@ pub enum Error {
 pub struct Net {
     id: String,
     metrics: Arc<NetMetrics>,
-    taps: Vec<File>,
+    taps: Vec<Arc<File>>,
     mac: Option<[u8; 6]>,
     mtu: Option<u16>,
     /// What the host's kernel can do beyond [`ALWAYS`].
@@ -115,20 +115,38 @@ struct Running {
     metrics: Arc<NetMetrics>,
 }
 
+/// Makes a queue of a tap non-blocking and has it put the header before each frame that virtio-net puts there.
+/// Returns the tap's flags (`IFF_…`).
+///
+/// # Errors
+/// When it is no tap, or lacks a flag: see [`NetOptions::taps`].
+pub fn prepare(tap: &File, one_of_several: bool) -> io::Result<libc::c_int> {
+    tap::prepare(tap, HEADER_LEN as i32, one_of_several)
+}
+
 impl Net {
-    /// A card on a tap, which it makes non-blocking.
+    /// A card on a tap, which it prepares.
     ///
     /// # Errors
     /// When the tap is none or lacks a flag.
     pub fn new(options: NetOptions) -> Result<Self, Error> {
+        let several = options.taps.len() > 1;
+        for tap in &options.taps {
+            prepare(tap, several).map_err(Error::Tap)?;
+        }
+        Self::on_prepared(options)
+    }
+
+    /// A card on a tap that is prepared: by [`prepare`], which a sealed thread may not call.
+    ///
+    /// # Errors
+    /// When the tap is none.
+    pub fn on_prepared(options: NetOptions) -> Result<Self, Error> {
         let NetOptions { taps, mac, mtu, .. } = options;
         let count = taps.len();
         let Some(first) = taps.first().filter(|_| count <= MAX_PAIRS) else {
             return Err(Error::Queues(count));
         };
-        for tap in &taps {
-            tap::prepare(tap, HEADER_LEN as i32, count > 1).map_err(Error::Tap)?;
-        }
         let all = Offloads::CSUM.and(Offloads::TSO4).and(Offloads::TSO6);
         let can = |more| tap::set_offloads(first, all.and(more)).is_ok();
         let extra = SOMETIMES.iter().filter(|(offloads, _)| can(*offloads));
@@ -291,10 +309,10 @@ impl VirtioDevice for Net {
             Work::Receive(pair) => {
                 // What the service says comes by the first pair, which every driver has.
                 let detour = detour.as_deref_mut().filter(|_| pair == 0);
-                running.receive(pair, taps.get(pair), &mut self.rx_limiter, detour)?
+                running.receive(pair, taps.get(pair).map(Arc::as_ref), &mut self.rx_limiter, detour)?
             }
             Work::Send(pair) => {
-                let tap = taps.get(pair);
+                let tap = taps.get(pair).map(Arc::as_ref);
                 let (pieces, limiter) = (&mut self.pieces, &mut self.tx_limiter);
                 let sent = running.transmit(pair, tap, pieces, limiter, detour.as_deref_mut())?;
                 match detour.as_deref_mut() {
@@ -311,6 +329,15 @@ impl VirtioDevice for Net {
     fn metrics(&self) -> Option<Source> {
         let metrics = Arc::clone(&self.metrics);
         Some(Source::device("net", self.id.clone(), metrics))
+    }
+
+    /// The tap's queues are all in use again, as whoever opened it left them.
+    fn retire(&mut self) {
+        for tap in self.taps.iter().skip(1) {
+            if let Err(error) = tap::use_queue(tap, true) {
+                debug!("net: a queue of the tap stays unused: {error}");
+            }
+        }
     }
 
     fn update(&mut self, update: Update) -> Result<Answer, UpdateError> {
@@ -441,7 +468,7 @@ impl Running {
     }
 
     /// Serves the control queue.
-    fn control(&mut self, taps: &[File]) -> Result<Progress, device::Error> {
+    fn control(&mut self, taps: &[Arc<File>]) -> Result<Progress, device::Error> {
         let Some(index) = self.control else {
             return Ok(Progress::Done);
         };
@@ -463,7 +490,7 @@ impl Running {
     }
 
     /// Has the kernel spread the guest's frames over so many of the tap's queues; whether it does.
-    fn set_pairs(&mut self, taps: &[File], pairs: usize) -> bool {
+    fn set_pairs(&mut self, taps: &[Arc<File>], pairs: usize) -> bool {
         while self.pairs > pairs {
             self.pairs = self.pairs.saturating_sub(1);
             if let Some(tap) = taps.get(self.pairs) {

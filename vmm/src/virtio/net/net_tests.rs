@@ -35,7 +35,7 @@ fn card(tap: File) -> Net {
     Net {
         id: "eth0".to_owned(),
         metrics: Arc::default(),
-        taps: vec![tap],
+        taps: vec![Arc::new(tap)],
         mac: Some([2, 0, 0, 0, 0, 7]),
         mtu: Some(1400),
         extra_features: 0,
@@ -238,7 +238,7 @@ fn what_is_no_tap_is_refused() {
 fn options(taps: Vec<File>) -> NetOptions {
     NetOptions {
         id: "eth0".to_owned(),
-        taps,
+        taps: taps.into_iter().map(Arc::new).collect(),
         mac: None,
         mtu: None,
         rx_limits: LimiterOptions::default(),

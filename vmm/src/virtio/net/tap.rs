@@ -40,12 +40,12 @@ impl Offloads {
     }
 }
 
-/// Makes `tap` non-blocking and has it put a header of `header` bytes before each frame.
+/// Makes `tap` non-blocking and has it put a header of `header` bytes before each frame. Returns its flags.
 ///
 /// # Errors
 /// When it is no tap, or lacks IFF_VNET_HDR or IFF_NO_PI, so that frames would be misread; or
 /// IFF_MULTI_QUEUE, if it is to be one of several queues.
-pub fn prepare(tap: &File, header: libc::c_int, one_of_several: bool) -> io::Result<()> {
+pub fn prepare(tap: &File, header: libc::c_int, one_of_several: bool) -> io::Result<libc::c_int> {
     // SAFETY: all zeros is a valid ifreq, plain old data with no references.
     let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
     // SAFETY: TUNGETIFF writes an ifreq, which is what the reference is to.
@@ -65,9 +65,8 @@ pub fn prepare(tap: &File, header: libc::c_int, one_of_several: bool) -> io::Res
     }
     // SAFETY: TUNSETVNETHDRSZ reads an int, which is what the reference is to.
     check(unsafe { ioctl_with_ref(tap, TUNSETVNETHDRSZ(), &header) })?;
-    let status = OFlag::from_bits_retain(fcntl(tap, FcntlArg::F_GETFL)?);
-    fcntl(tap, FcntlArg::F_SETFL(status | OFlag::O_NONBLOCK))?;
-    Ok(())
+    fcntl(tap, FcntlArg::F_SETFL(OFlag::O_RDWR | OFlag::O_NONBLOCK))?;
+    Ok(flags)
 }
 
 /// Tells `tap` what may be handed to the guest unfinished.
