@@ -32,6 +32,8 @@ pub struct BrokerPolicy {
     /// How a queue of a tap is attached, by the interface's name and whether it is one of several; for a VMM without
     /// a jail.
     pub tap: Option<fn(&str, bool) -> io::Result<OwnedFd>>,
+    /// How a listening socket is made at a path; for a VMM without a jail.
+    pub listen: Option<fn(&str) -> io::Result<OwnedFd>>,
 }
 
 /// A file that was handed over at start, and can be had again.
@@ -103,6 +105,19 @@ pub enum PolicyError {
         /// Why.
         source: io::Error,
     },
+    /// Nothing allows the socket.
+    #[error("{0:?} is not granted: start the jailer with `--grant-listen {0}`")]
+    NoListener(String),
+    /// Nobody can listen there.
+    #[error(
+        "cannot listen on {path:?}: {source}; a socket that a program has left there is to be removed"
+    )]
+    Listen {
+        /// The path asked for.
+        path: String,
+        /// Why.
+        source: io::Error,
+    },
     /// No such vsock device.
     #[error("no vsock device {0:?}: start the jailer with `--grant-listen {0}`")]
     NoDevice(String),
@@ -137,6 +152,7 @@ impl BrokerPolicy {
         match operation {
             Operation::Open { name, write } => self.open(name, *write),
             Operation::Tap { name, several } => self.tap(name, *several).map(Arc::new),
+            Operation::Listen { path } => self.listen(path).map(Arc::new),
             Operation::Connect { device, port } => self.connect(device, *port).map(Arc::new),
         }
     }
@@ -189,6 +205,17 @@ impl BrokerPolicy {
         let attach = self.tap.ok_or_else(|| PolicyError::NoTap(name.to_owned()))?;
         attach(name, several).map_err(|source| PolicyError::Tap {
             name: name.to_owned(),
+            source,
+        })
+    }
+
+    fn listen(&self, path: &str) -> Result<OwnedFd, PolicyError> {
+        check_name(path)?;
+        let make = self
+            .listen
+            .ok_or_else(|| PolicyError::NoListener(path.to_owned()))?;
+        make(path).map_err(|source| PolicyError::Listen {
+            path: path.to_owned(),
             source,
         })
     }

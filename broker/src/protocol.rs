@@ -54,6 +54,11 @@ pub enum Operation {
         /// Whether it is to be one of several queues.
         several: bool,
     },
+    /// A new Unix socket that listens, only without a jail.
+    Listen {
+        /// Its path.
+        path: String,
+    },
     /// A connection to the Unix socket `<device>_<port>`.
     Connect {
         /// The vsock device's `uds_path`, as granted.

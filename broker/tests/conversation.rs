@@ -64,6 +64,9 @@ fn taps_come_from_whoever_was_told_how_and_in_a_jail_from_nobody() {
     };
     let (mut client, server) = serve(BrokerPolicy::default());
     assert!(refusal(&mut client, tap("tap0")).contains("--grant-tap tap0"));
+    let path = "/run/v.sock".to_owned();
+    let refused = refusal(&mut client, Operation::Listen { path });
+    assert!(refused.contains("--grant-listen /run/v.sock"), "{refused}");
     drop(client);
     server.join().unwrap().unwrap();
     let (mut client, server) = serve(BrokerPolicy {

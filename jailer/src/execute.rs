@@ -435,6 +435,7 @@ impl<'a> Jail<'a> {
                 .collect(),
             unconfined: false,
             tap: None,
+            listen: None,
         }
     }
 

@@ -167,6 +167,7 @@ fn no_policy_of_ours_allows_an_executable_mapping() {
     }
 }
 
+/// But for the control thread, which maps files of pmem devices that come.
 #[test]
 fn sealed_threads_map_private_anonymous_memory_only() {
     let data = (libc::PROT_READ | libc::PROT_WRITE) as u64;
@@ -184,6 +185,8 @@ fn sealed_threads_map_private_anonymous_memory_only() {
             libc::MAP_SHARED | libc::MAP_ANONYMOUS,
             libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_HUGETLB,
             libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_LOCKED,
+            libc::MAP_SHARED | libc::MAP_NORESERVE | libc::MAP_LOCKED,
+            libc::MAP_SHARED | libc::MAP_NORESERVE | libc::MAP_FIXED,
         ] {
             assert!(!allows(
                 role,
@@ -191,6 +194,14 @@ fn sealed_threads_map_private_anonymous_memory_only() {
                 "mmap",
                 &[0, 4096, data, flags as u64, 3, 0]
             ));
+        }
+        let file = (libc::MAP_SHARED | libc::MAP_NORESERVE) as u64;
+        for (prot, allowed) in [
+            (data, role == Role::Control),
+            (data | libc::PROT_EXEC as u64, false),
+        ] {
+            let args = [0, 4096, prot, file, 3, 0];
+            assert_eq!(allows(role, Stage::Sealed, "mmap", &args), allowed, "{role:?}");
         }
     }
 }
@@ -281,17 +292,17 @@ fn vcpus_run_the_guest_and_make_no_other_ioctl() {
         let allowed = allows(Role::Vcpu, Stage::Sealed, "ioctl", &[9, request]);
         assert_eq!(allowed, request == KVM_RUN, "{request:#x}");
     }
-    // Setup creates the machine, sealing takes that away.
+    // Setup creates the machine, sealing takes that away; the control thread gives the guest files and takes them back.
+    const KVM_CREATE_VCPU: u64 = 0xae41;
     for role in Role::VMM {
         let memory = [9, KVM_SET_USER_MEMORY_REGION];
-        assert!(!allows(role, Stage::Sealed, "ioctl", &memory));
+        let allowed = allows(role, Stage::Sealed, "ioctl", &memory);
+        assert_eq!(allowed, role == Role::Control, "{role:?}");
+        assert!(!allows(role, Stage::Sealed, "ioctl", &[9, KVM_CREATE_VCPU]));
     }
-    assert!(allows(
-        Role::Control,
-        Stage::Setup,
-        "ioctl",
-        &[9, KVM_SET_USER_MEMORY_REGION]
-    ));
+    for request in [KVM_CREATE_VCPU, KVM_SET_USER_MEMORY_REGION] {
+        assert!(allows(Role::Control, Stage::Setup, "ioctl", &[9, request]));
+    }
 }
 
 /// What a ring may do was settled before the seal. `enter` has no flag that would name another ring or

@@ -1,5 +1,6 @@
 //! A machine, from its config to threads that run it. [`build`] is the order of set-up.
 
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io;
 use std::sync::Arc;
@@ -12,7 +13,7 @@ use thiserror::Error;
 
 use crate::boot::{self, GedInfo, MachineDescription};
 use crate::bus::{self, Bus};
-use crate::config::{Config, RateLimiter};
+use crate::config::{self, Config, RateLimiter};
 use crate::cpu_template::{self, Template};
 use crate::devices::boot_timer::{BootTimer, Moment};
 use crate::devices::{
@@ -160,6 +161,8 @@ pub struct Machine {
     hotplug: Option<Hotplug>,
     devices: Devices,
     metadata: Metadata,
+    address_bits: u8,
+    pmem_places: BTreeMap<String, u64>,
     panel: Panel,
 }
 
@@ -198,8 +201,12 @@ pub struct RunningMachine {
     /// What cards that come may lead to.
     metadata: Metadata,
     vcpus: Vcpus,
+    /// How far the guest's physical addresses reach.
+    address_bits: u8,
+    /// Where the memory of each pmem device is.
+    pmem_places: BTreeMap<String, u64>,
     /// The memslots stay valid as long as this does.
-    _vm: Vm,
+    vm: Vm,
 }
 
 /// What the command line adds to a machine.
@@ -269,7 +276,9 @@ pub fn build(config: &Config, resources: Resources, options: Options) -> Result<
     panel.metrics.extend(metadata.metrics());
     let cards = network::cards(config, taps, &metadata)?;
     let mut devices = virtio_devices(config, drives, cards, vsock)?;
+    let mut pmem_places = BTreeMap::new();
     for device in pmem {
+        pmem_places.insert(device.file().id().to_owned(), device.address());
         panel.pmem.push(Arc::clone(device.file()));
         devices.push(Box::new(device));
     }
@@ -332,6 +341,8 @@ pub fn build(config: &Config, resources: Resources, options: Options) -> Result<
         worker,
         hotplug,
         metadata,
+        address_bits,
+        pmem_places,
         panel,
     })
 }
@@ -391,12 +402,7 @@ fn virtio_devices(
         devices.push(Box::new(card));
     }
     if let (Some(config), Some(sockets)) = (&config.vsock, vsock) {
-        devices.push(Box::new(Vsock::new(VsockOptions {
-            guest_cid: config.guest_cid,
-            uds_path: config.uds_path.clone(),
-            listener: sockets.listener,
-            broker: sockets.broker,
-        })?));
+        devices.push(Box::new(Vsock::new(vsock_options(config, sockets))?));
     }
     if let Some(config) = &config.balloon {
         devices.push(Box::new(Balloon::new(config.into())?));
@@ -416,6 +422,15 @@ fn topology(config: &Config) -> Topology {
         1
     };
     Topology { vcpus, threads }
+}
+
+fn vsock_options(config: &config::Vsock, sockets: VsockSockets) -> VsockOptions {
+    VsockOptions {
+        guest_cid: config.guest_cid,
+        uds_path: config.uds_path.clone(),
+        listener: sockets.listener,
+        broker: sockets.broker,
+    }
 }
 
 fn limits(configured: Option<RateLimiter>) -> LimiterOptions {
@@ -520,7 +535,9 @@ impl Machine {
             devices: self.devices,
             metadata: self.metadata,
             vcpus: Vcpus::new(vcpus, registers),
-            _vm: self.vm,
+            address_bits: self.address_bits,
+            pmem_places: self.pmem_places,
+            vm: self.vm,
         })
     }
 }

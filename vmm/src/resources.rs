@@ -10,7 +10,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use casemate_broker::{
@@ -26,6 +26,7 @@ use crate::mmds::{self, Store};
 
 mod append;
 mod drive;
+mod listener;
 mod served;
 mod tap;
 
@@ -136,9 +137,9 @@ pub struct Resources {
 /// What a vsock device works with.
 pub struct VsockSockets {
     /// Host programs connect here.
-    pub listener: UnixListener,
+    pub listener: Arc<UnixListener>,
     /// Connects to host programs for the guest.
-    pub broker: Option<Client>,
+    pub broker: Option<Arc<Mutex<Client>>>,
 }
 
 /// Where everything comes from.
@@ -299,9 +300,9 @@ impl Source {
                 listener: self.listener(&vsock.uds_path)?,
                 // A broker's one user is the vsock device: all else has been opened.
                 broker: match self {
-                    Self::Direct => forked,
-                    Self::Jailed(jail) => jail.broker.take(),
-                    Self::Served(served) => served.device_broker()?,
+                    Self::Direct => shared(forked),
+                    Self::Jailed(jail) => shared(jail.broker.take()),
+                    Self::Served(served) => served.device_broker(),
                 },
             }),
             None => None,
@@ -404,16 +405,21 @@ impl Source {
         }
     }
 
-    fn listener(&mut self, path: &str) -> Result<UnixListener, Error> {
+    fn listener(&mut self, path: &str) -> Result<Arc<UnixListener>, Error> {
         let what = "vsock";
         match self {
-            Self::Direct => open_listener(what, path),
-            Self::Jailed(jail) => jail
-                .take(what, path, Kind::Listener)
-                .map(UnixListener::from),
+            Self::Direct => open_listener(what, path).map(Arc::new),
+            Self::Jailed(jail) => {
+                let listener = jail.take(what, path, Kind::Listener)?;
+                Ok(Arc::new(listener.into()))
+            }
             Self::Served(served) => served.listener(path),
         }
     }
+}
+
+fn shared(broker: Option<Client>) -> Option<Arc<Mutex<Client>>> {
+    broker.map(Mutex::new).map(Arc::new)
 }
 
 /// What the queues of a tap are called in the hand-over.

@@ -274,6 +274,9 @@ impl Control {
             if device_ejected {
                 for name in machine.take_ejected_devices() {
                     info!("the guest has let go of {name}: it is gone");
+                    if let Some((group, id)) = name.counted_as() {
+                        self.metrics.retire(group, id);
+                    }
                     if let Some(api) = &mut api {
                         api.forget(&name);
                     }

@@ -29,9 +29,19 @@ pub struct Vm {
     /// What the memslots point to: mapped as long as the machine can touch it.
     memory: Option<GuestMemory>,
     /// Likewise the files in the guest's address space.
-    files: Vec<Arc<FileMapping>>,
+    files: Vec<MappedFile>,
     /// Number of the next memslot.
     next_slot: u32,
+    /// Numbers before it that are free again.
+    free_slots: Vec<u32>,
+}
+
+/// A file in the guest's address space.
+struct MappedFile {
+    address: u64,
+    mapping: Arc<FileMapping>,
+    /// One for each of its pieces.
+    slots: Vec<u32>,
 }
 
 impl Vm {
@@ -63,6 +73,7 @@ impl Vm {
             memory: None,
             files: Vec::new(),
             next_slot: 0,
+            free_slots: Vec::new(),
         })
     }
 
@@ -120,6 +131,9 @@ impl Vm {
     }
 
     fn take_slot(&mut self) -> u32 {
+        if let Some(slot) = self.free_slots.pop() {
+            return slot;
+        }
         let slot = self.next_slot;
         self.next_slot = slot.saturating_add(1);
         slot
@@ -130,7 +144,7 @@ impl Vm {
     ///
     /// # Errors
     /// When a guest with so many physical address bits does not reach all of it, or the kernel
-    /// refuses a memslot.
+    /// refuses a memslot; nothing of it is there then.
     pub fn map_file(
         &mut self,
         mapping: Arc<FileMapping>,
@@ -141,11 +155,17 @@ impl Vm {
         if end.saturating_sub(1).checked_shr(bits.into()).unwrap_or(0) != 0 {
             return Err(Error::AddressSpace { end, bits });
         }
+        let pieces: Vec<_> = mapping.pieces().collect();
+        let slots: Vec<u32> = pieces.iter().map(|_| self.take_slot()).collect();
         // Kept from here on, so that it outlives the memslots.
-        self.files.push(Arc::clone(&mapping));
-        for piece in mapping.pieces() {
+        self.files.push(MappedFile {
+            address,
+            mapping: Arc::clone(&mapping),
+            slots: slots.clone(),
+        });
+        for (piece, number) in pieces.into_iter().zip(slots) {
             let slot = kvm_userspace_memory_region {
-                slot: self.take_slot(),
+                slot: number,
                 guest_phys_addr: address.saturating_add(piece.offset),
                 memory_size: piece.len,
                 userspace_addr: piece.host_address,
@@ -158,10 +178,49 @@ impl Vm {
             // SAFETY: the piece is mapped with this length and stays so as long as `self.files` has it, which
             // lives as long as the machine; nothing in this process refers to its bytes. KVM refuses slots that
             // overlap.
-            unsafe { self.fd.set_user_memory_region(slot) }
-                .map_err(failed("put a file into the guest's address space"))?;
+            let set = unsafe { self.fd.set_user_memory_region(slot) };
+            if let Err(error) = set {
+                self.unmap_file(address)?;
+                return Err(failed("put a file into the guest's address space")(error));
+            }
         }
         Ok(())
+    }
+
+    /// Takes the file at `address` out of the guest's address space, if there is one, and unmaps it.
+    ///
+    /// # Errors
+    /// When the kernel refuses; the file stays mapped then.
+    pub fn unmap_file(&mut self, address: u64) -> Result<(), Error> {
+        let mut files = self.files.iter();
+        let Some(at) = files.position(|file| file.address == address) else {
+            return Ok(());
+        };
+        let slots = self.files.get(at).map(|file| file.slots.clone());
+        for slot in slots.iter().flatten() {
+            // One of no length is none. Deleting what was not set is refused by EINVAL.
+            let none = kvm_userspace_memory_region {
+                slot: *slot,
+                ..Default::default()
+            };
+            // SAFETY: it takes memory away from the guest and refers to none.
+            match unsafe { self.fd.set_user_memory_region(none) } {
+                Err(error) if error.errno() != libc::EINVAL => {
+                    return Err(failed("take a file out of the guest's address space")(error));
+                }
+                _ => {}
+            }
+        }
+        // KVM has let go of the memory: the mapping may go.
+        let gone = self.files.swap_remove(at);
+        self.free_slots.extend(gone.slots);
+        Ok(())
+    }
+
+    /// Where files are in the guest's address space: address and size in bytes, in no order.
+    pub fn mapped_files(&self) -> impl Iterator<Item = (u64, u64)> {
+        let files = self.files.iter();
+        files.map(|file| (file.address, file.mapping.size()))
     }
 
     /// The pages of each region that the guest has written since the last call (KVM_GET_DIRTY_LOG), if

@@ -21,6 +21,18 @@ pub enum DeviceName {
     Only(DeviceType),
 }
 
+impl DeviceName {
+    /// Its group and id in the metrics, of those that have a section of their own.
+    pub fn counted_as(&self) -> Option<(&'static str, &str)> {
+        match self {
+            Self::Drive(id) => Some(("block", id)),
+            Self::NetworkInterface(id) => Some(("net", id)),
+            Self::Pmem(id) => Some(("pmem", id)),
+            Self::Only(_) => None,
+        }
+    }
+}
+
 impl fmt::Display for DeviceName {
     fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {

@@ -3,13 +3,17 @@
 use std::fs::File;
 use std::sync::Arc;
 
+use log::warn;
+
 use super::devices::DeviceName;
 use super::hotplug::{Error, Hotplug};
-use super::{RunningMachine, drives, network};
-use crate::config::{Drive, IoEngine, NetworkInterface};
+use super::{RunningMachine, drives, network, pmem, vsock_options};
+use crate::config::{Drive, IoEngine, NetworkInterface, Pmem, Vsock};
 use crate::metrics::Source;
-use crate::resources::DriveBackend;
-use crate::virtio::{Net, VirtioDevice};
+use crate::resources::{DriveBackend, VsockSockets};
+use crate::virtio::device::DeviceType;
+use crate::virtio::pmem::PmemFile;
+use crate::virtio::{self, Net, VirtioDevice};
 
 /// What a device that has come counts.
 type Counts = Option<Source>;
@@ -71,6 +75,84 @@ impl RunningMachine {
         })
     }
 
+    /// Whether `pmem` can be added to a running machine.
+    ///
+    /// # Errors
+    /// When it is to be the root.
+    pub fn check_pmem(pmem: &Pmem) -> Result<(), Error> {
+        if !pmem.root_device {
+            return Ok(());
+        }
+        Err(Error::OnlyBefore {
+            device: DeviceName::Pmem(pmem.id.clone()),
+            why: "a machine boots from its root device; leave out `root_device`",
+        })
+    }
+
+    /// Plugs persistent memory in.
+    ///
+    /// # Errors
+    /// See [`Error`]; the machine is as before then.
+    pub fn plug_pmem(&mut self, pmem: &Pmem, file: File) -> Result<Counts, Error> {
+        Self::check_pmem(pmem)?;
+        let name = DeviceName::Pmem(pmem.id.clone());
+        self.can_plug(&name)?;
+        let (id, read_only) = (pmem.id.clone(), pmem.read_only);
+        let taken = self.on_device_thread(move || PmemFile::take(id, file, read_only))?;
+        let file = Arc::new(taken.map_err(device_error)?);
+        let plugged = self.plug_mapped(name, pmem, &file);
+        if plugged.is_ok() {
+            self.panel.pmem.push(file);
+        } else {
+            self.on_device_thread(move || file.release())?;
+        }
+        plugged
+    }
+
+    fn plug_mapped(
+        &mut self,
+        name: DeviceName,
+        pmem: &Pmem,
+        file: &Arc<PmemFile>,
+    ) -> Result<Counts, Error> {
+        let memory = &self.hotplug.as_ref().ok_or(Error::NoBus)?.memory;
+        let device = pmem::add_later(pmem, file, &mut self.vm, memory, self.address_bits);
+        let device = device.map_err(device_error)?;
+        let address = device.address();
+        let plugged = self.plug(name, move || Ok(Box::new(device)));
+        if plugged.is_ok() {
+            self.pmem_places.insert(pmem.id.clone(), address);
+        } else {
+            self.unmap(address);
+        }
+        plugged
+    }
+
+    fn unmap(&mut self, address: u64) {
+        if let Err(error) = self.vm.unmap_file(address) {
+            warn!("the memory at {address:#x} stays with the guest: {error}");
+        }
+    }
+
+    /// Plugs the socket device in, on a listener that is non-blocking.
+    ///
+    /// # Errors
+    /// See [`Error`]; the machine is as before then.
+    pub fn plug_vsock(&mut self, vsock: &Vsock, sockets: VsockSockets) -> Result<Counts, Error> {
+        let options = vsock_options(vsock, sockets);
+        self.plug(DeviceName::Only(DeviceType::Vsock), move || {
+            Ok(Box::new(virtio::Vsock::on_prepared(options)?))
+        })
+    }
+
+    fn on_device_thread<T: Send + 'static>(
+        &self,
+        job: impl FnOnce() -> T + Send + 'static,
+    ) -> Result<T, Error> {
+        let hotplug = self.hotplug.as_ref().ok_or(Error::NoBus)?;
+        hotplug.worker.run(job).ok_or(Error::NoThread)
+    }
+
     fn plug(
         &mut self,
         name: DeviceName,
@@ -97,7 +179,17 @@ impl RunningMachine {
         let gone = hotplug.map(Hotplug::settle).unwrap_or_default();
         for name in &gone {
             self.devices.remove(name);
+            if let DeviceName::Pmem(id) = name {
+                if let Some(address) = self.pmem_places.remove(id) {
+                    self.unmap(address);
+                }
+                self.panel.pmem.retain(|file| file.id() != id);
+            }
         }
         gone
     }
+}
+
+fn device_error(error: impl Into<super::Error>) -> Error {
+    Error::Device(Box::new(error.into()))
 }

@@ -1,6 +1,7 @@
 //! Persistent memory in the guest's address space.
 
 use std::fs::File;
+use std::sync::Arc;
 
 use vm_memory::{Address as _, GuestMemoryBackend as _};
 
@@ -44,6 +45,27 @@ pub(super) fn add(
         devices.push(unplaced.at(place));
     }
     Ok(devices)
+}
+
+/// Maps a file that has been taken into the address space of a running guest, at the lowest free place above `memory`.
+///
+/// # Errors
+/// When it cannot be mapped, or the guest would not reach it; nothing of it is mapped then.
+pub(super) fn add_later(
+    configured: &config::Pmem,
+    file: &Arc<PmemFile>,
+    vm: &mut Vm,
+    memory: &GuestMemory,
+    bits: u8,
+) -> Result<Pmem, Error> {
+    let limits = limits(configured.rate_limiter);
+    let (unplaced, mapping) = Pmem::map_taken(file, configured.read_only, limits)?;
+    let end_of_ram = memory.last_addr().raw_value().saturating_add(1);
+    let place = layout::free_device_memory(end_of_ram, vm.mapped_files(), mapping.size());
+    let end = u64::MAX;
+    let place = place.ok_or(Error::Kvm(kvm::Error::AddressSpace { end, bits }))?;
+    vm.map_file(mapping, place, bits)?;
+    Ok(unplaced.at(place))
 }
 
 /// The end of a machine whose guest could not go on because the host cut a file off under it: that is the cause,

@@ -6,7 +6,7 @@
 //! what is gone ends its KVM_RUN with EFAULT.
 
 use std::fs::File;
-use std::io;
+use std::sync::Arc;
 
 use thiserror::Error;
 use vm_memory::{FileOffset, MmapRegion};
@@ -25,9 +25,6 @@ pub enum Error {
     /// It is larger than any address space.
     #[error("{0} bytes are more than can be mapped")]
     TooLarge(u64),
-    /// The host does not share its descriptor.
-    #[error("cannot share its descriptor: {0}")]
-    Share(#[source] io::Error),
     /// The host does not map it.
     #[error("cannot map it: {0}")]
     Map(#[source] vm_memory::mmap::MmapRegionError),
@@ -60,7 +57,7 @@ impl FileMapping {
     ///
     /// # Errors
     /// When there is nothing to map, or the host refuses.
-    pub fn new(file: &File, len: u64, read_only: bool) -> Result<Self, Error> {
+    pub fn new(file: &Arc<File>, len: u64, read_only: bool) -> Result<Self, Error> {
         if len == 0 {
             return Err(Error::Empty);
         }
@@ -75,11 +72,11 @@ impl FileMapping {
             let (access, flags) = (libc::PROT_READ | write, flags | libc::MAP_NORESERVE);
             MmapRegion::build(file, len, access, flags).map_err(Error::Map)
         };
-        let own = file.try_clone().map_err(Error::Share)?;
+        let own = FileOffset::from_arc(Arc::clone(file), 0);
         let padding = size.saturating_sub(whole);
         Ok(Self {
             // The rest of the last page is mapped with it, and zero.
-            file: map(Some(FileOffset::new(own, 0)), len, libc::MAP_SHARED)?,
+            file: map(Some(own), len, libc::MAP_SHARED)?,
             file_len: whole,
             padding: (padding > 0)
                 .then(|| map(None, padding, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS))
@@ -119,10 +116,10 @@ impl FileMapping {
 mod tests {
     use super::*;
 
-    fn file(len: u64) -> File {
+    fn file(len: u64) -> Arc<File> {
         let file = tempfile::tempfile().unwrap();
         file.set_len(len).unwrap();
-        file
+        Arc::new(file)
     }
 
     #[test]
@@ -159,7 +156,7 @@ mod tests {
         // A file that is open for reading alone cannot be one that a guest writes.
         let path = tempfile::NamedTempFile::new().unwrap();
         path.as_file().set_len(4096).unwrap();
-        let readable = File::open(path.path()).unwrap();
+        let readable = Arc::new(File::open(path.path()).unwrap());
         assert!(
             FileMapping::new(&readable, 4096, true)
                 .unwrap()

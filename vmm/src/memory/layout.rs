@@ -121,9 +121,50 @@ pub fn device_memory(end_of_ram: u64, sizes: impl IntoIterator<Item = u64>) -> O
     sizes.into_iter().map(&mut place).collect()
 }
 
+/// Where memory of `size` bytes of a device that comes later goes: the lowest place of those that [`device_memory`]
+/// begins with which overlaps none of `taken`, address and size. `size` and those are multiples of
+/// [`ALIGNMENT`](super::file_mapping::ALIGNMENT).
+pub fn free_device_memory(
+    end_of_ram: u64,
+    taken: impl IntoIterator<Item = (u64, u64)>,
+    size: u64,
+) -> Option<u64> {
+    let mut place = end_of_ram
+        .max(MMIO_HOLE_END)
+        .checked_next_multiple_of(1 << 30)?;
+    let mut taken: Vec<(u64, u64)> = taken.into_iter().collect();
+    taken.sort_unstable();
+    for (at, len) in taken {
+        if place.checked_add(size)? <= at {
+            break;
+        }
+        place = place.max(at.checked_add(len)?);
+    }
+    place.checked_add(size).map(|_| place)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn memory_that_comes_later_takes_the_lowest_place() {
+        const MIB: u64 = 1 << 20;
+        let start = 4 << 30;
+        let place = |taken: &[(u64, u64)], size| {
+            let taken = taken.iter().map(|(at, len)| (start + at * MIB, len * MIB));
+            free_device_memory(128 << 20, taken, size * MIB).map(|place| (place - start) / MIB)
+        };
+        assert_eq!(place(&[], 2), Some(0));
+        assert_eq!(place(&[(0, 4)], 2), Some(4));
+        // In the gap that one has left, if it fits; in whatever order.
+        assert_eq!(place(&[(8, 2), (0, 4)], 4), Some(4));
+        assert_eq!(place(&[(8, 2), (0, 4)], 6), Some(10));
+        assert_eq!(place(&[(2, 2)], 2), Some(0));
+        assert_eq!(free_device_memory(0, [], u64::MAX), None);
+        assert_eq!(free_device_memory(u64::MAX, [], 2 << 20), None);
+        assert_eq!(free_device_memory(0, [(4 << 30, u64::MAX)], 2 << 20), None);
+    }
 
     #[test]
     fn memory_of_devices_lies_above_ram() {

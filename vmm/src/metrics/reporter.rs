@@ -149,6 +149,15 @@ impl Reporter {
         self.sources.extend(sources);
     }
 
+    /// A device of `group` has gone: it has no section of its own any more. What it has counted stays in its group's.
+    pub fn retire(&mut self, group: &str, id: &str) {
+        for source in &mut self.sources {
+            if source.group == group && source.id.as_deref() == Some(id) {
+                source.id = None;
+            }
+        }
+    }
+
     /// Writes to `file` from now on, every [`INTERVAL`]. It should be opened with O_NONBLOCK, unless it
     /// is a regular file.
     pub fn start(&mut self, file: File, options: Options) {

@@ -8,7 +8,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use log::warn;
 
@@ -17,8 +17,8 @@ use casemate_broker::{
 };
 
 use super::{
-    BROKER_PATIENCE, Error, Source, append, open, open_device, open_file, open_listener, open_taps,
-    queue_names, tap,
+    BROKER_PATIENCE, Error, Source, VsockSockets, append, listener, open, open_device, open_file,
+    open_listener, open_taps, queue_names, shared, tap,
 };
 use crate::lockdown::{self, Role, Stage};
 use crate::virtio::net;
@@ -29,7 +29,10 @@ pub struct Served {
     /// For this thread.
     broker: Option<Client>,
     /// For the device thread.
-    device_broker: Option<OwnedFd>,
+    device_broker: Option<Arc<Mutex<Client>>>,
+    /// Where vsock devices have listened. One that comes may listen where another one has: in a jail nobody else can,
+    /// and without one the name is taken as long as the socket is there, which this process cannot remove.
+    listeners: BTreeMap<String, Arc<UnixListener>>,
 }
 
 enum Origin {
@@ -60,6 +63,7 @@ impl Served {
         let policy = BrokerPolicy {
             unconfined: true,
             tap: Some(tap::open_queue),
+            listen: Some(listener::make),
             ..BrokerPolicy::default()
         };
         let seal = || lockdown::enter(Role::Broker, Stage::Sealed);
@@ -70,7 +74,8 @@ impl Served {
                 kept: BTreeMap::new(),
             },
             broker: Some(Client::new(ours)),
-            device_broker: Some(devices),
+            device_broker: shared(Some(Client::new(devices))),
+            listeners: BTreeMap::new(),
         })
     }
 
@@ -87,7 +92,7 @@ impl Served {
                 source,
             }),
         };
-        let device_broker = socket(handover::BROKER)?;
+        let device_broker = shared(socket(handover::BROKER)?.map(Client::new));
         let broker = socket(handover::CONTROL_BROKER)?.map(Client::new);
         let names = handover.remaining();
         let names = names.filter(|(_, kind)| *kind == Kind::Tap);
@@ -99,6 +104,7 @@ impl Served {
             }
         }
         Ok(Self {
+            listeners: BTreeMap::new(),
             device_broker,
             broker,
             origin: Origin::Jailed {
@@ -130,12 +136,8 @@ impl Served {
     }
 
     /// The device thread's way to the broker.
-    pub(super) fn device_broker(&self) -> Result<Option<Client>, Error> {
-        let copy = self.device_broker.as_ref().map(OwnedFd::try_clone);
-        let copy = copy
-            .transpose()
-            .map_err(|source| open("broker", "", source))?;
-        Ok(copy.map(Client::new))
+    pub(super) fn device_broker(&self) -> Option<Arc<Mutex<Client>>> {
+        self.device_broker.clone()
     }
 
     pub(super) fn kvm(&mut self) -> Result<File, Error> {
@@ -219,11 +221,42 @@ impl Served {
         connected.map(UnixStream::from)
     }
 
-    pub(super) fn listener(&mut self, path: &str) -> Result<UnixListener, Error> {
-        self.unique("vsock", path, Kind::Listener, || {
-            open_listener("vsock", path).map(OwnedFd::from)
+    /// Where a vsock device listens, before the start and after it. What was handed over or comes from the broker is
+    /// non-blocking.
+    pub(super) fn listener(&mut self, path: &str) -> Result<Arc<UnixListener>, Error> {
+        let what = "vsock";
+        if let Some(listener) = self.listeners.get(path) {
+            return Ok(Arc::clone(listener));
+        }
+        let listener: UnixListener = match &mut self.origin {
+            Origin::Direct { locked: false, .. } => open_listener(what, path)?,
+            Origin::Direct { .. } => {
+                let path = path.to_owned();
+                self.call(what, &path.clone(), Operation::Listen { path })?
+                    .into()
+            }
+            Origin::Jailed { handover, .. } => {
+                let taken = handover.take(path, &[Kind::Listener]);
+                taken
+                    .map_err(|source| Error::Handover { what, source })?
+                    .into()
+            }
+        };
+        let listener = Arc::new(listener);
+        self.listeners
+            .insert(path.to_owned(), Arc::clone(&listener));
+        Ok(listener)
+    }
+
+    /// What a vsock device works with, after the start.
+    ///
+    /// # Errors
+    /// When nobody can listen there.
+    pub fn vsock_later(&mut self, path: &str) -> Result<VsockSockets, Error> {
+        Ok(VsockSockets {
+            listener: self.listener(path)?,
+            broker: self.device_broker(),
         })
-        .map(UnixListener::from)
     }
 
     /// Where lines are appended.
@@ -363,7 +396,6 @@ impl Served {
 
     /// The machine has started: what it is made of is its own.
     pub fn settle(&mut self) {
-        self.device_broker = None;
         match &mut self.origin {
             Origin::Direct { kept, .. } => kept.clear(),
             Origin::Jailed {
@@ -371,7 +403,7 @@ impl Served {
             } => {
                 for name in shared.drain(..) {
                     let all = [Kind::Kvm, Kind::FileRo, Kind::FileRw];
-                    let all = [&all[..], &[Kind::Listener, Kind::Stream]].concat();
+                    let all = [&all[..], &[Kind::Stream]].concat();
                     // It closes here, and what is of another kind was not shared.
                     drop(handover.take(&name, &all));
                 }
@@ -425,6 +457,20 @@ impl Source {
         match self {
             Self::Served(served) => served.taps_later(name, queues),
             other => other.taps(name, queues),
+        }
+    }
+
+    /// See [`Served::vsock_later`].
+    ///
+    /// # Errors
+    /// When nobody can listen there.
+    pub fn vsock_later(&mut self, path: &str) -> Result<VsockSockets, Error> {
+        match self {
+            Self::Served(served) => served.vsock_later(path),
+            other => Ok(VsockSockets {
+                listener: other.listener(path)?,
+                broker: None,
+            }),
         }
     }
 

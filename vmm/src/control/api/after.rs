@@ -61,16 +61,14 @@ impl Desk {
             Action::Mmds(action) => return self.metadata(action),
             Action::PutDrive(drive) => self.plug_drive(machine, metrics, drive)?,
             Action::PutNetworkInterface(card) => self.plug_card(machine, metrics, card)?,
-            Action::PutPmem(_) => {
-                return Err(Fault::NotYet("adding such devices to a running machine"));
-            }
+            Action::PutPmem(pmem) => self.plug_pmem(machine, metrics, pmem)?,
+            Action::PutVsock(vsock) => self.plug_vsock(machine, metrics, vsock)?,
             Action::Remove(name) => self.unplug(machine, name)?,
             Action::CreateSnapshot => return Err(Fault::NotYet("making snapshots")),
             Action::PutMachineConfig(_)
             | Action::PatchMachineConfig(_)
             | Action::PutBootSource(_)
             | Action::PutCpuConfig(_)
-            | Action::PutVsock(_)
             | Action::PutEntropy(_)
             | Action::PutSerial(_)
             | Action::PutLogger(_)

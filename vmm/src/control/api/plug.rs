@@ -4,11 +4,12 @@
 //! one asks the guest: it stays, in the config that is shown too, until the guest has let it go.
 
 use super::{Api, Desk, Fault};
-use crate::config::{Config, Drive, NetworkInterface};
+use crate::config::{Config, Drive, NetworkInterface, Pmem, Vsock};
 use crate::machine::RunningMachine;
 use crate::machine::devices::DeviceName;
 use crate::machine::hotplug;
 use crate::metrics::Reporter;
+use crate::virtio::device::DeviceType;
 
 impl Desk {
     pub(super) fn plug_drive(
@@ -36,6 +37,36 @@ impl Desk {
         let next = self.with_device(|config| config.network_interfaces.push(card.clone()))?;
         let taps = self.source.taps_later(&card.host_dev_name, card.queues)?;
         metrics.add(machine.plug_card(&card, taps)?);
+        self.config = next;
+        Ok(())
+    }
+
+    pub(super) fn plug_pmem(
+        &mut self,
+        machine: &mut RunningMachine,
+        metrics: &mut Reporter,
+        pmem: Pmem,
+    ) -> Result<(), Fault> {
+        machine.can_plug(&DeviceName::Pmem(pmem.id.clone()))?;
+        RunningMachine::check_pmem(&pmem)?;
+        let next = self.with_device(|config| config.pmem.push(pmem.clone()))?;
+        let write = !pmem.read_only;
+        let file = self.source.file_later("pmem", &pmem.path_on_host, write)?;
+        metrics.add(machine.plug_pmem(&pmem, file)?);
+        self.config = next;
+        Ok(())
+    }
+
+    pub(super) fn plug_vsock(
+        &mut self,
+        machine: &mut RunningMachine,
+        metrics: &mut Reporter,
+        vsock: Vsock,
+    ) -> Result<(), Fault> {
+        machine.can_plug(&DeviceName::Only(DeviceType::Vsock))?;
+        let next = self.with_device(|config| config.vsock = Some(vsock.clone()))?;
+        let sockets = self.source.vsock_later(&vsock.uds_path)?;
+        metrics.add(machine.plug_vsock(&vsock, sockets)?);
         self.config = next;
         Ok(())
     }
@@ -77,7 +108,8 @@ impl Api {
             DeviceName::NetworkInterface(id) => {
                 config.network_interfaces.retain(|card| card.iface_id != *id);
             }
-            // What is only there once cannot be removed.
+            DeviceName::Only(DeviceType::Vsock) => config.vsock = None,
+            // The others cannot be removed.
             DeviceName::Only(_) => {}
         }
     }

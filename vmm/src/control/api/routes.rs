@@ -12,6 +12,7 @@ use crate::config::{
     Drive, MachineConfig, MmdsConfig, MmdsVersion, NetworkInterface, Pmem, Vsock, objects,
 };
 use crate::machine::devices::DeviceName;
+use crate::virtio::device::DeviceType;
 
 /// Why a request was not understood; all are answered by 400.
 #[derive(Debug, thiserror::Error)]
@@ -159,6 +160,9 @@ fn get(parts: &[&str]) -> Option<Action> {
 }
 
 fn delete(parts: &[&str]) -> Result<Option<Action>, Error> {
+    if let ["vsock"] = parts {
+        return Ok(Some(Action::Remove(DeviceName::Only(DeviceType::Vsock))));
+    }
     let name = match parts {
         ["drives", ..] => DeviceName::Drive,
         ["pmem", ..] => DeviceName::Pmem,

@@ -3,8 +3,9 @@
 use std::fs::File;
 use std::io::{self, Seek as _, SeekFrom};
 use std::os::unix::fs::FileTypeExt as _;
+use std::sync::Arc;
 
-use log::warn;
+use log::{debug, warn};
 
 use super::Error;
 use crate::virtio::block::lock::{self, Lock};
@@ -13,7 +14,7 @@ use crate::virtio::block::lock::{self, Lock};
 #[derive(Debug)]
 pub struct PmemFile {
     id: String,
-    file: File,
+    file: Arc<File>,
     len: u64,
 }
 
@@ -43,6 +44,7 @@ impl PmemFile {
         }
         // Unlike the metadata, the end of a block device is its size.
         let len = file.seek(SeekFrom::End(0)).map_err(size)?;
+        let file = Arc::new(file);
         Ok(Self { id, file, len })
     }
 
@@ -57,8 +59,15 @@ impl PmemFile {
         self.len
     }
 
-    pub(super) fn file(&self) -> &File {
+    pub(super) fn file(&self) -> &Arc<File> {
         &self.file
+    }
+
+    /// Gives up its lock. Only the device thread and a machine that is not sealed may.
+    pub fn release(&self) {
+        if let Err(error) = lock::release(&self.file) {
+            debug!("pmem {}: its lock stays: {error}", self.id);
+        }
     }
 
     /// Brings what was written to the disk, also what was written by the mapping (fdatasync(2)).
@@ -69,7 +78,7 @@ impl PmemFile {
     /// If it has become shorter than its mapping, so that a guest's access to the rest fails: in words.
     pub fn truncated(&self) -> Option<String> {
         // Where the file is read from is nobody's concern.
-        let now = (&self.file).seek(SeekFrom::End(0)).ok()?;
+        let now = self.file.as_ref().seek(SeekFrom::End(0)).ok()?;
         (now < self.len).then(|| {
             format!(
                 "the file of pmem {} was cut to {now} bytes while the guest had {} of it mapped: \
@@ -86,7 +95,7 @@ impl PmemFile {
     pub(super) fn for_tests(file: File) -> Self {
         Self {
             id: "test".to_owned(),
-            file,
+            file: Arc::new(file),
             len: 1,
         }
     }

@@ -100,6 +100,7 @@ pub enum Error {
 /// The device.
 pub struct Pmem {
     file: Arc<PmemFile>,
+    address: u64,
     read_only: bool,
     config: Arc<ConfigSpace>,
     limiter: RateLimiter,
@@ -121,13 +122,25 @@ impl Pmem {
             limits,
         } = options;
         let file = PmemFile::take(id, file, read_only)?;
+        Self::map_taken(&Arc::new(file), read_only, limits)
+    }
+
+    /// The same with a file that has been taken: by the thread that may lock it.
+    ///
+    /// # Errors
+    /// See [`Error`].
+    pub fn map_taken(
+        file: &Arc<PmemFile>,
+        read_only: bool,
+        limits: LimiterOptions,
+    ) -> Result<(Unplaced, Arc<FileMapping>), Error> {
         let mapping =
             FileMapping::new(file.file(), file.len(), read_only).map_err(|source| Error::Map {
                 id: file.id().to_owned(),
                 source,
             })?;
         let unplaced = Unplaced {
-            file: Arc::new(file),
+            file: Arc::clone(file),
             read_only,
             size: mapping.size(),
             limits,
@@ -138,6 +151,11 @@ impl Pmem {
     /// What it maps, to be looked at when the guest cannot go on.
     pub fn file(&self) -> &Arc<PmemFile> {
         &self.file
+    }
+
+    /// Where its memory is in the guest's address space.
+    pub fn address(&self) -> u64 {
+        self.address
     }
 
     fn flush(&mut self) -> u32 {
@@ -175,6 +193,7 @@ impl Unplaced {
         let config = [address.to_le_bytes(), self.size.to_le_bytes()].concat();
         Pmem {
             file: self.file,
+            address,
             read_only: self.read_only,
             config: ConfigSpace::new(config),
             limiter: RateLimiter::new(self.limits),
@@ -233,6 +252,10 @@ impl VirtioDevice for Pmem {
     fn metrics(&self) -> Option<Source> {
         let id = self.file.id().to_owned();
         Some(Source::device("pmem", id, self.metrics.clone()))
+    }
+
+    fn retire(&mut self) {
+        self.file.release();
     }
 
     fn update(&mut self, update: Update) -> Result<Answer, UpdateError> {

@@ -68,8 +68,8 @@ fn the_guest_reaches_the_socket_of_its_port_and_no_other() {
     let device = Vsock::new(VsockOptions {
         guest_cid: 3,
         uds_path: name.clone(),
-        listener: UnixListener::bind(&uds_path).unwrap(),
-        broker: Some(Client::new(ours)),
+        listener: Arc::new(UnixListener::bind(&uds_path).unwrap()),
+        broker: Some(Arc::new(Mutex::new(Client::new(ours)))),
     })
     .unwrap();
     let mut rig = Rig::new(device);

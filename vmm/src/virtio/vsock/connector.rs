@@ -2,6 +2,7 @@
 //! nothing.
 
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use casemate_broker::client::Client;
 use casemate_broker::protocol::Operation;
@@ -24,33 +25,38 @@ pub type Answer = (u64, Result<OwnedFd, String>);
 
 /// The broker, which connects to `<uds_path>_<port>`.
 pub struct Broker {
-    client: Client,
+    /// It outlives the device: another one that comes goes on with it.
+    client: Arc<Mutex<Client>>,
     uds_path: String,
 }
 
 impl Broker {
     /// Connects for the device with this `uds_path`.
-    pub fn new(client: Client, uds_path: String) -> Self {
+    pub fn new(client: Arc<Mutex<Client>>, uds_path: String) -> Self {
         Self { client, uds_path }
+    }
+
+    fn client(&self) -> MutexGuard<'_, Client> {
+        self.client.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl AsRawFd for Broker {
     fn as_raw_fd(&self) -> RawFd {
-        self.client.as_raw_fd()
+        self.client().as_raw_fd()
     }
 }
 
 impl Connector for Broker {
     fn connect(&mut self, port: u32) -> Result<u64, String> {
         let device = self.uds_path.clone();
-        self.client
+        self.client()
             .submit(Operation::Connect { device, port })
             .map_err(|error| error.to_string())
     }
 
     fn receive(&mut self) -> Result<Option<Answer>, String> {
-        self.client
+        self.client()
             .receive()
             .map(|answer| answer.map(|answer| (answer.id, answer.result)))
             .map_err(|error| error.to_string())

@@ -54,7 +54,7 @@ enum Stream {
 /// The connections.
 pub struct Hub {
     pub(super) guest_cid: u64,
-    listener: UnixListener,
+    listener: Arc<UnixListener>,
     pub(super) connector: Option<Box<dyn Connector>>,
     pub(super) connections: BTreeMap<Ports, Connection>,
     streams: BTreeMap<u32, Stream>,
@@ -81,7 +81,7 @@ impl Hub {
     /// A hub without connections.
     pub fn new(
         guest_cid: u64,
-        listener: UnixListener,
+        listener: Arc<UnixListener>,
         connector: Option<Box<dyn Connector>>,
     ) -> Self {
         Self {

@@ -9,7 +9,7 @@
 
 use std::io;
 use std::os::unix::net::UnixListener;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use casemate_broker::client::Client;
 use thiserror::Error;
@@ -50,9 +50,9 @@ pub struct VsockOptions {
     /// Where the host's sockets are.
     pub uds_path: String,
     /// Listens on `uds_path`.
-    pub listener: UnixListener,
+    pub listener: Arc<UnixListener>,
     /// Connects to `<uds_path>_<port>`; without one, the guest can only be called.
-    pub broker: Option<Client>,
+    pub broker: Option<Arc<Mutex<Client>>>,
 }
 
 /// Why a socket device could not be made.
@@ -82,6 +82,16 @@ impl Vsock {
     /// # Errors
     /// When the CID is reserved, or the listener cannot be made non-blocking.
     pub fn new(options: VsockOptions) -> Result<Self, Error> {
+        let nonblocking = options.listener.set_nonblocking(true);
+        nonblocking.map_err(Error::Listener)?;
+        Self::on_prepared(options)
+    }
+
+    /// The same on a listener that is non-blocking already: a sealed thread cannot change that.
+    ///
+    /// # Errors
+    /// When the CID is reserved.
+    pub fn on_prepared(options: VsockOptions) -> Result<Self, Error> {
         let VsockOptions {
             guest_cid,
             uds_path,
@@ -95,13 +105,12 @@ impl Vsock {
 
     fn with(
         guest_cid: u64,
-        listener: UnixListener,
+        listener: Arc<UnixListener>,
         connector: Option<Box<dyn Connector>>,
     ) -> Result<Self, Error> {
         if !(FIRST_CID..u64::from(u32::MAX)).contains(&guest_cid) {
             return Err(Error::Cid(guest_cid));
         }
-        listener.set_nonblocking(true).map_err(Error::Listener)?;
         Ok(Self {
             guest_cid,
             hub: Hub::new(guest_cid, listener, connector),

@@ -82,7 +82,8 @@ impl Guest {
             bell: bell.try_clone().unwrap(),
         };
         let listener = UnixListener::bind(&path).unwrap();
-        let device = Vsock::with(CID, listener, Some(Box::new(clerk))).unwrap();
+        listener.set_nonblocking(true).unwrap();
+        let device = Vsock::with(CID, Arc::new(listener), Some(Box::new(clerk))).unwrap();
         Self {
             rig: Rig::with(device, 0, 16),
             office,
@@ -272,5 +273,6 @@ pub fn reachable(listener: UnixListener) -> Vsock {
         answers: VecDeque::new(),
         ends: VecDeque::new(),
     };
-    Vsock::with(CID, listener, Some(Box::new(prompt))).unwrap()
+    listener.set_nonblocking(true).unwrap();
+    Vsock::with(CID, Arc::new(listener), Some(Box::new(prompt))).unwrap()
 }

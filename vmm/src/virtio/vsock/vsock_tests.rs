@@ -376,7 +376,7 @@ fn reserved_addresses_are_refused() {
             (listener, directory)
         };
         assert!(matches!(
-            Vsock::with(cid, listener, None),
+            Vsock::with(cid, Arc::new(listener), None),
             Err(Error::Cid(_))
         ));
     }
