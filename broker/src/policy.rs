@@ -202,7 +202,9 @@ impl BrokerPolicy {
 
     fn tap(&self, name: &str, several: bool) -> Result<OwnedFd, PolicyError> {
         check_name(name)?;
-        let attach = self.tap.ok_or_else(|| PolicyError::NoTap(name.to_owned()))?;
+        let attach = self
+            .tap
+            .ok_or_else(|| PolicyError::NoTap(name.to_owned()))?;
         attach(name, several).map_err(|source| PolicyError::Tap {
             name: name.to_owned(),
             source,

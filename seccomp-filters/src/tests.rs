@@ -201,7 +201,11 @@ fn sealed_threads_map_private_anonymous_memory_only() {
             (data | libc::PROT_EXEC as u64, false),
         ] {
             let args = [0, 4096, prot, file, 3, 0];
-            assert_eq!(allows(role, Stage::Sealed, "mmap", &args), allowed, "{role:?}");
+            assert_eq!(
+                allows(role, Stage::Sealed, "mmap", &args),
+                allowed,
+                "{role:?}"
+            );
         }
     }
 }

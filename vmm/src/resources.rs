@@ -397,9 +397,7 @@ impl Source {
             Self::Jailed(jail) => {
                 let queue = |name: String| jail.take("tap", &name, Kind::Tap);
                 let queues = queue_names(name, queues).map(queue);
-                queues
-                    .map(|queue| Ok(Arc::new(queue?.into())))
-                    .collect()
+                queues.map(|queue| Ok(Arc::new(queue?.into()))).collect()
             }
             Self::Served(served) => served.taps(name, queues),
         }

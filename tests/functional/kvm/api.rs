@@ -103,7 +103,6 @@ fn some_requests_come_only_before_and_some_only_after_the_start() {
             ("/boot-source", config["boot-source"].clone()),
             ("/machine-config", config["machine-config"].clone()),
             ("/entropy", json!({})),
-            ("/vsock", json!({"guest_cid": 3, "uds_path": "/v"})),
             ("/logger", json!({})),
             ("/metrics", json!({"metrics_path": "/m"})),
             ("/actions", json!({"action_type": "InstanceStart"})),

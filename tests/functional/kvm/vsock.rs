@@ -11,7 +11,7 @@ use super::probe;
 use casemate_tests::{Finished, Running};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
-fn connect(path: &Path, port: u32) -> (UnixStream, String) {
+pub fn connect(path: &Path, port: u32) -> (UnixStream, String) {
     let mut stream = UnixStream::connect(path).unwrap();
     stream
         .set_read_timeout(Some(Duration::from_secs(20)))

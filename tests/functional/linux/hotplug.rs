@@ -53,7 +53,8 @@ fn guest(vm: impl FnOnce(Vm) -> Vm) -> Machine {
     for module in MODULES {
         let from = drivers.join(format!("{module}.ko"));
         let name = from.file_name().unwrap();
-        std::fs::copy(&from, modules.join(name)).unwrap_or_else(|error| panic!("{from:?}: {error}"));
+        std::fs::copy(&from, modules.join(name))
+            .unwrap_or_else(|error| panic!("{from:?}: {error}"));
         load += &format!("insmod /modules/{}\n", Path::new(name).display());
     }
     let init = format!(
@@ -97,9 +98,14 @@ fn a_disk_appears_and_vanishes() {
     put(&mut machine, "a", &first);
     machine.vm.wait_for_line("has vda:2048:disk1.").unwrap();
     put(&mut machine, "b", &second);
-    machine.vm.wait_for_line("has vda:2048:disk1 vdb:4096:disk2.").unwrap();
+    machine
+        .vm
+        .wait_for_line("has vda:2048:disk1 vdb:4096:disk2.")
+        .unwrap();
     for (id, left) in [("a", "has vdb:4096:disk2."), ("b", "has.")] {
-        machine.ask("DELETE", &format!("/drives/{id}"), Value::Null).assert_done();
+        machine
+            .ask("DELETE", &format!("/drives/{id}"), Value::Null)
+            .assert_done();
         machine.vm.wait_for_line(left).unwrap();
     }
     machine.wait_until("the config has no drive", |machine| {
@@ -119,9 +125,14 @@ fn a_network_card_appears_carries_and_vanishes() {
     for mac in ["06:00:ac:10:00:02", "06:00:ac:10:00:03"] {
         let body = json!({"iface_id": "eth0", "host_dev_name": "tap0", "guest_mac": mac});
         machine.put("/network-interfaces/eth0", body).assert_done();
-        machine.vm.wait_for_line(&format!("has eth0:{mac}.")).unwrap();
+        machine
+            .vm
+            .wait_for_line(&format!("has eth0:{mac}."))
+            .unwrap();
         machine.vm.wait_for_line(&format!("pong {mac}")).unwrap();
-        machine.ask("DELETE", "/network-interfaces/eth0", Value::Null).assert_done();
+        machine
+            .ask("DELETE", "/network-interfaces/eth0", Value::Null)
+            .assert_done();
         machine.wait_until("the config has no card", |machine| {
             machine.get("/vm/config")["network-interfaces"] == json!([])
         });

@@ -180,7 +180,8 @@ impl Vm {
             // overlap.
             let set = unsafe { self.fd.set_user_memory_region(slot) };
             if let Err(error) = set {
-                self.unmap_file(address)?;
+                // The one that was pushed last, whatever else begins there.
+                self.unmap(self.files.len().saturating_sub(1))?;
                 return Err(failed("put a file into the guest's address space")(error));
             }
         }
@@ -193,9 +194,13 @@ impl Vm {
     /// When the kernel refuses; the file stays mapped then.
     pub fn unmap_file(&mut self, address: u64) -> Result<(), Error> {
         let mut files = self.files.iter();
-        let Some(at) = files.position(|file| file.address == address) else {
-            return Ok(());
-        };
+        match files.position(|file| file.address == address) {
+            Some(at) => self.unmap(at),
+            None => Ok(()),
+        }
+    }
+
+    fn unmap(&mut self, at: usize) -> Result<(), Error> {
         let slots = self.files.get(at).map(|file| file.slots.clone());
         for slot in slots.iter().flatten() {
             // One of no length is none. Deleting what was not set is refused by EINVAL.
@@ -206,14 +211,17 @@ impl Vm {
             // SAFETY: it takes memory away from the guest and refers to none.
             match unsafe { self.fd.set_user_memory_region(none) } {
                 Err(error) if error.errno() != libc::EINVAL => {
-                    return Err(failed("take a file out of the guest's address space")(error));
+                    return Err(failed("take a file out of the guest's address space")(
+                        error,
+                    ));
                 }
                 _ => {}
             }
         }
         // KVM has let go of the memory: the mapping may go.
-        let gone = self.files.swap_remove(at);
-        self.free_slots.extend(gone.slots);
+        if at < self.files.len() {
+            self.free_slots.extend(self.files.swap_remove(at).slots);
+        }
         Ok(())
     }
 

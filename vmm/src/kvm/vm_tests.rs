@@ -90,3 +90,33 @@ fn a_memory_that_is_not_tracked_has_no_log() {
     let error = vm.dirty_log().unwrap_err().to_string();
     assert!(error.contains("track_dirty_pages"), "{error}");
 }
+
+/// Every one is where it was asked to be, and none is left: the numbers and the places are used again.
+#[test]
+fn files_come_and_go() {
+    let (mut vm, _vcpu, _memory) = machine(false);
+    let mapping = |len| {
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(len).unwrap();
+        Arc::new(FileMapping::new(&Arc::new(file), len, false).unwrap())
+    };
+    let (start, large) = (4 << 30, 2 << 20);
+    for _ in 0..3 {
+        // With padding, which is a piece of its own.
+        let first = mapping(4096);
+        vm.map_file(Arc::clone(&first), start, 36).unwrap();
+        vm.map_file(mapping(large), start + large, 36).unwrap();
+        let mut found: Vec<_> = vm.mapped_files().collect();
+        found.sort_unstable();
+        assert_eq!(found, [(start, large), (start + large, large)]);
+        // Over both of them: KVM refuses, and nothing of it stays.
+        vm.map_file(mapping(2 * large), start, 36).unwrap_err();
+        assert_eq!(vm.mapped_files().count(), 2);
+        assert!(vm.map_file(mapping(large), 1 << 36, 36).is_err());
+        vm.unmap_file(start + large).unwrap();
+        vm.unmap_file(start).unwrap();
+        vm.unmap_file(start).unwrap();
+        assert_eq!(Arc::strong_count(&first), 1);
+        assert_eq!((vm.mapped_files().count(), vm.next_slot), (0, 5));
+    }
+}

@@ -32,6 +32,32 @@ fn lines(reader: &mut File) -> Vec<Json> {
 }
 
 #[test]
+fn what_a_device_that_is_gone_has_counted_stays_in_the_sum() {
+    let mut reporter = reporter();
+    let counters = [(); 3].map(|()| Arc::new(BlockMetrics::default()));
+    let source = |id: &str, at: usize| Source::device("block", id.into(), counters[at].clone());
+    reporter.add([source("a", 0), source("b", 1)]);
+    let (mut reader, writer) = pipe();
+    reporter.start(writer, Options::default());
+    counters[0].read_bytes.add(512);
+    reporter.flush().unwrap();
+    reporter.retire("block", "a");
+    reporter.retire("net", "b");
+    counters[1].read_bytes.add(1);
+    reporter.flush().unwrap();
+    // Another one of the same name begins at zero.
+    reporter.add([source("a", 2)]);
+    counters[2].read_bytes.add(2);
+    reporter.flush().unwrap();
+    let lines = lines(&mut reader);
+    let said = |at: usize, section: &str| lines[at][section]["read_bytes"].clone();
+    assert_eq!([said(0, "block"), said(0, "block_a")], [512, 512]);
+    assert_eq!([said(1, "block"), said(1, "block_b")], [1, 1]);
+    assert!(lines[1].get("block_a").is_none());
+    assert_eq!([said(2, "block"), said(2, "block_a")], [2, 2]);
+}
+
+#[test]
 fn counts_are_since_the_last_line_and_devices_are_summed_up() {
     let mut reporter = reporter();
     let [root, data] = [(); 2].map(|()| Arc::new(BlockMetrics::default()));

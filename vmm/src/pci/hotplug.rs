@@ -230,6 +230,12 @@ mod tests {
         assert_eq!(registers.take_gone(), [2]);
         assert!(registers.take_gone().is_empty());
         assert!(bus.remove(2).is_none() && bus.remove(1).is_some());
+        // What it has not heard of the one is not about the next.
+        registers.announce(3);
+        registers.ask(3);
+        registers.write(8, &(1_u32 << 3).to_le_bytes());
+        assert_eq!((read(&registers, 0), read(&registers, 4)), (0, 1 << 2));
+        assert_eq!(registers.take_gone(), [3]);
         // Nobody there.
         registers.ask(9);
         registers.write(8, &(1_u32 << 9).to_le_bytes());

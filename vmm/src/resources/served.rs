@@ -340,11 +340,13 @@ impl Served {
             let source = io::ErrorKind::PermissionDenied.into();
             return Err(open(what, name, source));
         };
-        broker.call(op, BROKER_PATIENCE).map_err(|source| Error::Broker {
-            what,
-            name: name.to_owned(),
-            source,
-        })
+        broker
+            .call(op, BROKER_PATIENCE)
+            .map_err(|source| Error::Broker {
+                what,
+                name: name.to_owned(),
+                source,
+            })
     }
 
     /// What there is once, and is needed again if the start fails.
@@ -500,7 +502,10 @@ fn handed_over(
     let queue = |name: &String| match (taps.get(name), handover.take(name, &[Kind::Tap])) {
         (Some(queue), _) => Ok(Arc::clone(queue)),
         (None, Ok(queue)) => Ok(Arc::new(queue.into())),
-        (None, Err(source)) => Err(Error::Handover { what: "tap", source }),
+        (None, Err(source)) => Err(Error::Handover {
+            what: "tap",
+            source,
+        }),
     };
     names.iter().map(queue).collect()
 }

@@ -194,6 +194,15 @@ fn devices_come_and_go_while_the_thread_runs() {
 }
 
 #[test]
+fn jobs_run_on_the_device_thread() {
+    let (handle, ..) = held_back();
+    let name = || std::thread::current().id();
+    let there = handle.run(name).unwrap();
+    assert_ne!(there, name());
+    assert_eq!(handle.run(name), Some(there));
+}
+
+#[test]
 fn nobody_waits_for_a_worker_that_has_ended() {
     let worker = DeviceWorker::new().unwrap();
     let handle = worker.handle();
@@ -201,4 +210,5 @@ fn nobody_waits_for_a_worker_that_has_ended() {
     let update = handle.update(0, Update::Limits(LimiterOptions::default()));
     assert!(matches!(update, Err(UpdateError::NoThread)), "{update:?}");
     assert!(handle.remove(0).is_none());
+    assert!(handle.run(|| ()).is_none());
 }

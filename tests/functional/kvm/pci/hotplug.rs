@@ -1,7 +1,11 @@
 //! Devices that come and go while the guest runs: by requests, and the guest is told by ACPI.
 
-use std::fs::File;
+use std::fs::{File, Permissions};
+use std::io::{Read as _, Write as _};
+use std::net::Shutdown;
 use std::os::fd::AsRawFd as _;
+use std::os::unix::fs::PermissionsExt as _;
+use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 
 use casemate_tests::{Machine, Netns, Vm, exit, pattern_disk};
@@ -11,6 +15,7 @@ use nix::sys::socket::{MsgFlags, send};
 use serde_json::{Value, json};
 
 use super::net::{MAC, MAC_BYTES, SENDER, frame, inside, receive};
+use super::vsock::connect;
 
 /// A guest that waits for devices, uses each by `task`, and lets `rounds` of them go.
 fn guest(task: &str, rounds: u32) -> Vm {
@@ -40,10 +45,9 @@ fn start(vm: Vm) -> (Machine, PathBuf) {
 
 /// A disk with the pattern that anybody may open.
 fn disk(dir: &Path, name: &str, sectors: u64) -> PathBuf {
-    use std::os::unix::fs::PermissionsExt as _;
     let path = dir.join(name);
     pattern_disk(&path, sectors).unwrap();
-    std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o666)).unwrap();
+    std::fs::set_permissions(&path, Permissions::from_mode(0o666)).unwrap();
     path
 }
 
@@ -174,7 +178,7 @@ fn what_cannot_come_or_go_is_refused() {
 #[test]
 fn without_pci_nothing_comes_or_goes() {
     let vm = Vm::probe("probe.task=spin").unjailed();
-    let image = disk(vm.dir(), "a", 8);
+    let (image, dir) = (disk(vm.dir(), "a", 8), vm.dir().to_owned());
     let config = vm.config().clone();
     let mut machine = Machine::new(vm);
     machine.describe(&config);
@@ -183,9 +187,25 @@ fn without_pci_nothing_comes_or_goes() {
     machine
         .put("/drives/b", drive("b", &image))
         .assert_refused("--enable-pci");
-    machine
-        .ask("DELETE", "/drives/a", Value::Null)
-        .assert_refused("--enable-pci");
+    for (path, body) in [
+        ("/pmem/m", json!({"id": "m", "path_on_host": image})),
+        (
+            "/network-interfaces/n",
+            json!({"iface_id": "n", "host_dev_name": "tap7"}),
+        ),
+        (
+            "/vsock",
+            json!({"guest_cid": 3, "uds_path": dir.join("v.sock")}),
+        ),
+        ("/drives/a", Value::Null),
+    ] {
+        if body != Value::Null {
+            machine.put(path, body).assert_refused("--enable-pci");
+        }
+        machine
+            .ask("DELETE", path, Value::Null)
+            .assert_refused("--enable-pci");
+    }
     machine.kill();
 }
 
@@ -266,7 +286,11 @@ fn cards_come_and_go() {
             let card = |id: &str, tap: &str| json!({"iface_id": id, "host_dev_name": tap, "guest_mac": MAC});
             machine
                 .put("/network-interfaces/none", card("none", "tap7"))
-                .assert_refused(if jailed { "--grant-tap" } else { "no such interface" });
+                .assert_refused(if jailed {
+                    "--grant-tap"
+                } else {
+                    "no such interface"
+                });
             // The second has the tap that the first has left.
             for (id, left) in [("eth0", 1), ("eth1", 0)] {
                 let path = format!("/network-interfaces/{id}");
@@ -314,4 +338,113 @@ fn a_granted_image_is_free_once_its_drive_is_gone() {
         }
     }
     machine.vm.wait().unwrap().assert_line("probe: hotplug ok");
+}
+
+/// Whether the VMM has the file mapped.
+fn is_mapped(machine: &Machine, path: &Path) -> bool {
+    let vmm = machine.vm.vmm_pid().unwrap();
+    let maps = std::fs::read_to_string(format!("/proc/{vmm}/maps")).unwrap();
+    maps.contains(path.to_str().unwrap())
+}
+
+#[test]
+fn persistent_memory_comes_and_goes() {
+    for read_only in [false, true] {
+        for vm in both(|| guest(&format!("pmem probe.len={}", 8 * 512), 2)) {
+            let (mut machine, dir) = start(vm);
+            for (id, left) in [("m", 1), ("n", 0)] {
+                let (file, path) = (disk(&dir, id, 8), format!("/pmem/{id}"));
+                let body = json!({"id": id, "path_on_host": file, "read_only": read_only});
+                let mut root = body.clone();
+                root["root_device"] = json!(true);
+                machine.put(&path, root).assert_refused("root device");
+                machine.put(&path, body.clone()).assert_done();
+                // The second is where the first was.
+                let line = "probe: pmem at 0x100000000, 2097152 bytes";
+                machine.vm.wait_for_line(line).unwrap();
+                assert!(!is_free(&file) && is_mapped(&machine, &file));
+                machine.put(&path, body).assert_refused("there is a pmem");
+                if left == 0 {
+                    machine.ask("DELETE", &path, Value::Null).assert_done();
+                } else {
+                    remove(&mut machine, &path, "pmem", left);
+                    assert!(is_free(&file) && !is_mapped(&machine, &file));
+                }
+            }
+            machine.vm.wait().unwrap().assert_line("probe: hotplug ok");
+        }
+    }
+}
+
+/// Files that cannot be memory leave nothing behind: no lock, no mapping, no slot.
+#[test]
+fn what_is_no_memory_is_refused() {
+    for vm in both(|| guest("boot", 1)) {
+        let (mut machine, dir) = start(vm);
+        let empty = disk(&dir, "empty", 0);
+        for _ in 0..40 {
+            let body = json!({"id": "m", "path_on_host": empty});
+            machine.put("/pmem/m", body).assert_refused("it is empty");
+            assert!(is_free(&empty));
+        }
+        let body = json!({"id": "m", "path_on_host": "/dev/null"});
+        machine.put("/pmem/m", body).assert_refused("/dev/null");
+        assert_eq!(machine.get("/vm/config")["pmem"], json!([]));
+        machine.kill();
+    }
+}
+
+/// In both directions; the second device listens where the first did, and has the same way to the broker.
+#[test]
+fn the_socket_device_comes_and_goes() {
+    for jailed in [false, true] {
+        for task in ["vsock", "vsock-connect"] {
+            let vm = guest(task, 2);
+            let path = vm.vsock_path();
+            let vm = if jailed {
+                let words = ["--grant-listen", path.to_str().unwrap()];
+                words.iter().fold(vm, |vm, word| vm.jailer_arg(word))
+            } else {
+                vm.unjailed()
+            };
+            let called = PathBuf::from(format!("{}_5000", path.display()));
+            let listener = UnixListener::bind(&called).unwrap();
+            std::fs::set_permissions(&called, Permissions::from_mode(0o666)).unwrap();
+            let (mut machine, _) = start(vm);
+            let body = json!({"guest_cid": 3, "uds_path": path});
+            for left in [1, 0] {
+                machine.put("/vsock", body.clone()).assert_done();
+                machine
+                    .put("/vsock", body.clone())
+                    .assert_refused("there is a Vsock device");
+                let mut stream = if task == "vsock" {
+                    let (stream, answer) = connect(&path, 5000);
+                    assert!(answer.starts_with("OK "), "{answer}");
+                    stream
+                } else {
+                    let (mut stream, _) = listener.accept().unwrap();
+                    let mut hello = [0; 5];
+                    stream.read_exact(&mut hello).unwrap();
+                    stream
+                };
+                stream.write_all(b"to and fro").unwrap();
+                stream.shutdown(Shutdown::Write).unwrap();
+                let mut back = String::new();
+                stream.read_to_string(&mut back).unwrap();
+                assert_eq!(back, "to and fro");
+                machine.ask("DELETE", "/vsock", Value::Null).assert_done();
+                if left > 0 {
+                    let line = format!("probe: ejected, {left} to go");
+                    machine.vm.wait_for_line(&line).unwrap();
+                    machine.wait_until("the device is gone", |machine| {
+                        machine.get("/vm/config")["vsock"].is_null()
+                    });
+                    machine
+                        .ask("DELETE", "/vsock", Value::Null)
+                        .assert_refused("no Vsock device");
+                }
+            }
+            machine.vm.wait().unwrap().assert_line("probe: hotplug ok");
+        }
+    }
 }

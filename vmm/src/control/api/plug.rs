@@ -106,7 +106,9 @@ impl Api {
             DeviceName::Drive(id) => config.drives.retain(|drive| drive.drive_id != *id),
             DeviceName::Pmem(id) => config.pmem.retain(|pmem| pmem.id != *id),
             DeviceName::NetworkInterface(id) => {
-                config.network_interfaces.retain(|card| card.iface_id != *id);
+                config
+                    .network_interfaces
+                    .retain(|card| card.iface_id != *id);
             }
             DeviceName::Only(DeviceType::Vsock) => config.vsock = None,
             // The others cannot be removed.

@@ -156,6 +156,7 @@ fn every_path_has_its_action() {
         (Patch, "/mmds", "{}", "Mmds(Patch("),
         (Delete, "/drives/a", "", r#"Remove(Drive("a"))"#),
         (Delete, "/pmem/a", "", r#"Remove(Pmem("a"))"#),
+        (Delete, "/vsock", "", "Remove(Only(Vsock))"),
         (
             Delete,
             "/network-interfaces/a",
@@ -203,7 +204,8 @@ fn everything_else_is_refused() {
         (Put, "/snapshot/delete"),
         (Put, "/drives/a/b"),
         (Patch, "/actions"),
-        (Delete, "/vsock"),
+        (Delete, "/vsock/a"),
+        (Delete, "/entropy"),
         (Delete, "/drives/a/b"),
     ] {
         let body = if matches!(method, Put | Patch) {

@@ -502,3 +502,25 @@ fn requests_beyond_the_limit_wait_and_are_served_later() {
     rig.kick(0);
     assert!(rig.drivers[0].used().is_some());
 }
+
+/// A copy of the descriptor that somebody else has would hold the lock on.
+#[test]
+fn a_drive_that_goes_gives_its_locks_back() {
+    use super::lock::{Lock, take};
+    let image = tempfile::NamedTempFile::new().unwrap();
+    image.as_file().set_len(4096).unwrap();
+    let open = || {
+        File::options()
+            .read(true)
+            .write(true)
+            .open(image.path())
+            .unwrap()
+    };
+    let file = open();
+    let _copy = file.try_clone().unwrap();
+    let mut drive = Block::new(BlockOptions { file, ..options(0) }).unwrap();
+    let other = open();
+    assert_eq!(take(&other, true).unwrap(), Lock::InUse);
+    drive.retire();
+    assert_eq!(take(&other, false).unwrap(), Lock::Taken);
+}

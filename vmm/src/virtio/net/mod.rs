@@ -309,7 +309,12 @@ impl VirtioDevice for Net {
             Work::Receive(pair) => {
                 // What the service says comes by the first pair, which every driver has.
                 let detour = detour.as_deref_mut().filter(|_| pair == 0);
-                running.receive(pair, taps.get(pair).map(Arc::as_ref), &mut self.rx_limiter, detour)?
+                running.receive(
+                    pair,
+                    taps.get(pair).map(Arc::as_ref),
+                    &mut self.rx_limiter,
+                    detour,
+                )?
             }
             Work::Send(pair) => {
                 let tap = taps.get(pair).map(Arc::as_ref);
