@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use serde_json::json;
 
 use super::action::{Action, DriveUpdate, NetworkInterfaceUpdate, PmemUpdate};
+use super::plug::NewDevice;
 use super::{Desk, Fault, Reply, counting};
 use crate::config::RateLimiter;
 use crate::machine::RunningMachine;
@@ -59,10 +60,16 @@ impl Desk {
             Action::Balloon(action) => return self.balloon(machine, action),
             Action::MemoryHotplug(action) => return self.memory(machine, action),
             Action::Mmds(action) => return self.metadata(action),
-            Action::PutDrive(drive) => self.plug_drive(machine, metrics, drive)?,
-            Action::PutNetworkInterface(card) => self.plug_card(machine, metrics, card)?,
-            Action::PutPmem(pmem) => self.plug_pmem(machine, metrics, pmem)?,
-            Action::PutVsock(vsock) => self.plug_vsock(machine, metrics, vsock)?,
+            Action::PutDrive(drive) => {
+                self.plug(machine, metrics, &NewDevice::Drive(drive))?;
+            }
+            Action::PutNetworkInterface(card) => {
+                self.plug(machine, metrics, &NewDevice::Card(card))?;
+            }
+            Action::PutPmem(pmem) => self.plug(machine, metrics, &NewDevice::Pmem(pmem))?,
+            Action::PutVsock(vsock) => {
+                self.plug(machine, metrics, &NewDevice::Vsock(vsock))?;
+            }
             Action::Remove(name) => self.unplug(machine, name)?,
             Action::CreateSnapshot => return Err(Fault::NotYet("making snapshots")),
             Action::PutMachineConfig(_)

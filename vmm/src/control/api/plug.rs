@@ -11,72 +11,74 @@ use crate::machine::hotplug;
 use crate::metrics::Reporter;
 use crate::virtio::device::DeviceType;
 
+/// A device that is to come.
+pub(super) enum NewDevice {
+    Drive(Drive),
+    Card(NetworkInterface),
+    Pmem(Pmem),
+    Vsock(Vsock),
+}
+
+impl NewDevice {
+    fn name(&self) -> DeviceName {
+        match self {
+            Self::Drive(drive) => DeviceName::Drive(drive.drive_id.clone()),
+            Self::Card(card) => DeviceName::NetworkInterface(card.iface_id.clone()),
+            Self::Pmem(pmem) => DeviceName::Pmem(pmem.id.clone()),
+            Self::Vsock(_) => DeviceName::Only(DeviceType::Vsock),
+        }
+    }
+
+    /// Whether it can come late.
+    fn check(&self) -> Result<(), hotplug::Error> {
+        match self {
+            Self::Drive(drive) => RunningMachine::check_drive(drive),
+            Self::Pmem(pmem) => RunningMachine::check_pmem(pmem),
+            Self::Card(_) | Self::Vsock(_) => Ok(()),
+        }
+    }
+
+    fn join(&self, config: &mut Config) {
+        match self {
+            Self::Drive(drive) => config.drives.push(drive.clone()),
+            Self::Card(card) => config.network_interfaces.push(card.clone()),
+            Self::Pmem(pmem) => config.pmem.push(pmem.clone()),
+            Self::Vsock(vsock) => config.vsock = Some(vsock.clone()),
+        }
+    }
+}
+
 impl Desk {
-    pub(super) fn plug_drive(
+    pub(super) fn plug(
         &mut self,
         machine: &mut RunningMachine,
         metrics: &mut Reporter,
-        drive: Drive,
+        device: &NewDevice,
     ) -> Result<(), Fault> {
-        machine.can_plug(&DeviceName::Drive(drive.drive_id.clone()))?;
-        RunningMachine::check_drive(&drive)?;
-        let next = self.with_device(|config| config.drives.push(drive.clone()))?;
-        let backend = self.source.drive_later(&drive)?;
-        metrics.add(machine.plug_drive(&drive, backend)?);
-        self.config = next;
-        Ok(())
-    }
-
-    pub(super) fn plug_card(
-        &mut self,
-        machine: &mut RunningMachine,
-        metrics: &mut Reporter,
-        card: NetworkInterface,
-    ) -> Result<(), Fault> {
-        machine.can_plug(&DeviceName::NetworkInterface(card.iface_id.clone()))?;
-        let next = self.with_device(|config| config.network_interfaces.push(card.clone()))?;
-        let taps = self.source.taps_later(&card.host_dev_name, card.queues)?;
-        metrics.add(machine.plug_card(&card, taps)?);
-        self.config = next;
-        Ok(())
-    }
-
-    pub(super) fn plug_pmem(
-        &mut self,
-        machine: &mut RunningMachine,
-        metrics: &mut Reporter,
-        pmem: Pmem,
-    ) -> Result<(), Fault> {
-        machine.can_plug(&DeviceName::Pmem(pmem.id.clone()))?;
-        RunningMachine::check_pmem(&pmem)?;
-        let next = self.with_device(|config| config.pmem.push(pmem.clone()))?;
-        let write = !pmem.read_only;
-        let file = self.source.file_later("pmem", &pmem.path_on_host, write)?;
-        metrics.add(machine.plug_pmem(&pmem, file)?);
-        self.config = next;
-        Ok(())
-    }
-
-    pub(super) fn plug_vsock(
-        &mut self,
-        machine: &mut RunningMachine,
-        metrics: &mut Reporter,
-        vsock: Vsock,
-    ) -> Result<(), Fault> {
-        machine.can_plug(&DeviceName::Only(DeviceType::Vsock))?;
-        let next = self.with_device(|config| config.vsock = Some(vsock.clone()))?;
-        let sockets = self.source.vsock_later(&vsock.uds_path)?;
-        metrics.add(machine.plug_vsock(&vsock, sockets)?);
-        self.config = next;
-        Ok(())
-    }
-
-    /// The config with one more device, if that is allowed.
-    fn with_device(&self, add: impl FnOnce(&mut Config)) -> Result<Config, Fault> {
+        machine.can_plug(&device.name())?;
+        device.check()?;
         let mut next = self.config.clone();
-        add(&mut next);
+        device.join(&mut next);
         next.check_devices()?;
-        Ok(next)
+        let source = &mut self.source;
+        let plugged = match device {
+            NewDevice::Drive(drive) => machine.plug_drive(drive, source.drive_later(drive)?),
+            NewDevice::Card(card) => {
+                let taps = source.taps_later(&card.host_dev_name, card.queues)?;
+                machine.plug_card(card, taps)
+            }
+            NewDevice::Pmem(pmem) => {
+                let file = source.file_later("pmem", &pmem.path_on_host, !pmem.read_only)?;
+                machine.plug_pmem(pmem, file)
+            }
+            NewDevice::Vsock(vsock) => {
+                let sockets = source.vsock_later(&vsock.uds_path)?;
+                machine.plug_vsock(vsock, sockets)
+            }
+        };
+        metrics.add(plugged?);
+        self.config = next;
+        Ok(())
     }
 
     pub(super) fn unplug(&self, machine: &RunningMachine, name: DeviceName) -> Result<(), Fault> {
