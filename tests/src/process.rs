@@ -137,14 +137,22 @@ impl Running {
         Pid::from_raw(self.child.id() as i32)
     }
 
-    /// The process id of the VMM that it runs: of the jailer's child, or its own where it is the VMM itself.
+    /// The process id of the VMM that it runs, once that has vCPUs: of the jailer's child, or its own where it is the VMM
+    /// itself, which may have a broker for a child.
     pub fn vmm_pid(&self) -> Result<u32> {
         let own = self.child.id();
         let children = std::fs::read_to_string(format!("/proc/{own}/task/{own}/children"))?;
-        match children.split_whitespace().next() {
-            Some(child) => Ok(child.parse()?),
-            None => Ok(own),
+        let children = children.split_whitespace().map(str::parse);
+        for candidate in std::iter::once(Ok(own)).chain(children) {
+            let pid = candidate?;
+            for thread in std::fs::read_dir(format!("/proc/{pid}/task"))? {
+                let name = std::fs::read_to_string(thread?.path().join("comm"));
+                if name.is_ok_and(|name| name.starts_with("vcpu")) {
+                    return Ok(pid);
+                }
+            }
         }
+        bail!("no process below {own} has a vCPU")
     }
 
     /// Sends it a signal.
