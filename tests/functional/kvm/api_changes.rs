@@ -1,9 +1,7 @@
 //! What requests change of a machine that runs, behind every wall.
 
-use casemate_tests::{Netns, Vm, pattern_disk};
+use casemate_tests::{Machine, Netns, Vm, pattern_disk};
 use serde_json::json;
-
-use super::api::Machine;
 
 #[test]
 fn every_device_takes_its_changes() {
