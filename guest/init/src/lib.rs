@@ -86,6 +86,7 @@ fn guest(host: &mut Option<OwnedFd>) -> Result<(), Error> {
     power::ctrl_alt_del_is_a_signal();
     let parameters = Parameters::read()?;
     let problems = modules::load_all()?;
+    mounts::prefer_virtio_console();
     let stream = host::connect(PATIENCE).map_err(|error| with_problems(error, &problems))?;
     let stream = host.insert(stream);
 

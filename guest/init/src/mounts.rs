@@ -56,6 +56,13 @@ pub fn early() -> Result<(), Error> {
         Ok(()) | Err(Errno::EBUSY) => {}
         Err(errno) => return Err(error("devtmpfs on /dev".into(), errno)),
     }
+    open_console();
+    mount_on("proc", "/proc", "proc", common | MsFlags::MS_NODEV, "")?;
+    mount_on("sysfs", "/sys", "sysfs", common | MsFlags::MS_NODEV, "")
+}
+
+/// Makes the console our standard streams.
+fn open_console() {
     if let Ok(console) = OpenOptions::new()
         .read(true)
         .write(true)
@@ -65,8 +72,16 @@ pub fn early() -> Result<(), Error> {
         let _ = nix::unistd::dup2_stdout(&console);
         let _ = nix::unistd::dup2_stderr(&console);
     }
-    mount_on("proc", "/proc", "proc", common | MsFlags::MS_NODEV, "")?;
-    mount_on("sysfs", "/sys", "sysfs", common | MsFlags::MS_NODEV, "")
+}
+
+/// If the virtio console is one of the kernel's by now, it becomes ours, and the kernel is told to leave the serial port alone. One
+/// that does not know how (before Linux 5.8) goes on to say everything on both.
+pub fn prefer_virtio_console() {
+    let consoles = fs::read_to_string("/proc/consoles").unwrap_or_default();
+    if consoles.lines().any(|line| line.starts_with("hvc0 ")) {
+        open_console();
+        let _ = fs::write("/sys/class/tty/ttyS0/console", "N");
+    }
 }
 
 /// Mounts the root from `device` and makes it `/`, with everything in it that a program expects.

@@ -99,6 +99,11 @@ impl Index {
         wanted().all(|name| self.looked_for.contains(name))
     }
 
+    /// Whether there is a driver for the virtio console, as a module or built in.
+    pub fn has_console(&self) -> bool {
+        self.modules.contains_key(CONSOLE) || self.builtin.contains(CONSOLE)
+    }
+
     /// The modules that a machine needs, each after those that it depends on.
     pub fn load_order(&self, kernel: &str, needs: &Needs) -> Result<Vec<Load>, Error> {
         let mut wanted: Vec<Driver> = ALWAYS.to_vec();

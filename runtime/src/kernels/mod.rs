@@ -20,6 +20,8 @@ mod unpack;
 use std::io;
 use std::path::{Path, PathBuf};
 
+use index::Index;
+
 pub use cli::cli;
 pub use jail::UNPACKER_ID;
 
@@ -43,6 +45,8 @@ pub struct BootFiles {
     pub vmlinux: PathBuf,
     /// The initial RAM disk with init and modules.
     pub initrd: Option<PathBuf>,
+    /// Whether the kernel may have a driver for the virtio console: it is not known to have none.
+    pub console: bool,
 }
 
 /// Why there is no kernel to boot, or one could not be registered.
@@ -151,6 +155,7 @@ pub fn resolve(selector: Option<&str>, needs: &Needs) -> Result<BootFiles, Error
     Ok(BootFiles {
         vmlinux: store.vmlinux(&name),
         initrd: Some(initrd),
+        console: meta.index.as_ref().is_none_or(Index::has_console),
     })
 }
 
@@ -163,5 +168,6 @@ fn unregistered(store: &store::Store, path: &Path) -> Result<BootFiles, Error> {
     Ok(BootFiles {
         vmlinux: path.to_owned(),
         initrd: Some(initrd),
+        console: true,
     })
 }

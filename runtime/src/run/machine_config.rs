@@ -79,6 +79,9 @@ pub fn machine_config(plan: &Plan) -> Value {
         );
         set(&mut config, "entropy", json!({}));
     }
+    if plan.console {
+        set(&mut config, "console", json!({}));
+    }
     config
 }
 
@@ -196,6 +199,7 @@ mod tests {
             kernel_name: "k".into(),
             initrd: Some("/k/initrd".into()),
             cmdline: "console=ttyS0".into(),
+            console: true,
             disks: vec![
                 Disk {
                     name: "rootfs".into(),
@@ -255,6 +259,7 @@ mod tests {
         assert_eq!(config["network-interfaces"][0]["queues"], 2);
         assert_eq!(config["mmds-config"]["network_interfaces"][0], "net0");
         assert_eq!(config["vsock"]["uds_path"], "vsock");
+        assert_eq!(config["console"], json!({}));
         assert!(
             !config.to_string().contains("/cache"),
             "the VMM learns no path"
@@ -289,11 +294,13 @@ mod tests {
         let plan = Plan {
             spec: None,
             initrd: None,
+            console: false,
             ..plan()
         };
         let config = machine_config(&plan);
         assert!(
             config.get("vsock").is_none() && config["boot-source"].get("initrd_path").is_none()
         );
+        assert!(config.get("console").is_none());
     }
 }

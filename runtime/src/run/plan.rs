@@ -17,8 +17,11 @@ use crate::layer;
 use crate::places::Places;
 use crate::rootfs;
 
-/// Words for every Linux guest: the console is the serial port; a panic ends the machine at once.
+/// Words for every Linux guest: what it says before it has drivers goes to the serial port; a panic ends the machine at
+/// once.
 const BASE_CMDLINE: &str = "console=ttyS0 quiet panic=-1";
+/// The virtio console takes over once the kernel has its driver. A kernel without one leaves it at the serial port.
+const CONSOLE_CMDLINE: &str = "console=hvc0";
 /// The environment of a command to which nobody gave a `PATH`.
 const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
@@ -52,6 +55,8 @@ pub struct Plan {
     pub initrd: Option<PathBuf>,
     /// The kernel command line.
     pub cmdline: String,
+    /// Whether there is a virtio console beside the serial port.
+    pub console: bool,
     /// Disks, the root first.
     pub disks: Vec<Disk>,
     /// Tap interfaces.
@@ -137,6 +142,7 @@ impl Plan {
             kernel_name: String::new(),
             initrd,
             cmdline: String::new(),
+            console: false,
             disks,
             taps,
             metadata,
@@ -204,6 +210,10 @@ impl Plan {
                 read_only: false,
                 durable: false,
             });
+        }
+        self.console = boot.console;
+        if self.console {
+            self.cmdline = format!("{} {CONSOLE_CMDLINE}", self.cmdline);
         }
         if let Some(words) = &args.append {
             self.cmdline.push(' ');

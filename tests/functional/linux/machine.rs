@@ -117,6 +117,20 @@ fn acpi_names_the_devices() {
     );
 }
 
+/// The virtio console once there is a driver; the serial port is for what comes before, and says nothing twice.
+#[test]
+fn the_console_is_virtio_s() {
+    let script = "cat /proc/consoles; echo '<1>said of hvc0' > /dev/kmsg; sleep 1";
+    let done = Casemate::new().run(&["--console"], script).unwrap();
+    let consoles: Vec<_> = done
+        .stdout
+        .lines()
+        .filter_map(|line| line.split(' ').next())
+        .collect();
+    assert_eq!(consoles, ["hvc0"], "{done:#?}");
+    assert_eq!(done.stderr.matches("said of hvc0").count(), 1, "{done:#?}");
+}
+
 #[test]
 fn the_paravirtual_clock_is_offered() {
     let script = "cd /sys/devices/system/clocksource/clocksource0; cat available_clocksource current_clocksource";

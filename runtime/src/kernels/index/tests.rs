@@ -119,6 +119,8 @@ fn the_console_comes_first_and_persistent_memory_when_asked_for() {
         source.0.push((file, info(depends, &[], &[])));
     }
     let index = build(source, BUILTIN, b"");
+    assert!(index.has_console());
+    assert!(!build(distribution(), BUILTIN, b"").has_console());
     let order = names(&index, &Needs::default());
     assert_eq!(order[..3], ["virtio", "virtio_console", "virtio_ring"]);
     assert!(!order.contains(&"nd_pmem".to_owned()));
