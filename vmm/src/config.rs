@@ -205,7 +205,9 @@ impl Config {
 
     /// Whether another process works for a device, and maps the memory.
     pub fn shares_memory(&self) -> bool {
-        !self.fs.is_empty() || self.drives.iter().any(|drive| drive.socket.is_some())
+        let drives = self.drives.iter().map(|drive| &drive.socket);
+        let cards = self.network_interfaces.iter().map(|card| &card.socket);
+        !self.fs.is_empty() || drives.chain(cards).any(Option::is_some)
     }
 
     /// The drives in the order of their windows: the root first, then as configured.
@@ -266,11 +268,16 @@ impl Config {
         }
         ids.clear();
         for network in &self.network_interfaces {
-            let (id, tap) = (&network.iface_id, &network.host_dev_name);
+            let id = &network.iface_id;
             let field = "network-interfaces[].iface_id";
             check_id("network-interfaces", field, id, &mut ids)?;
             network.check()?;
-            check_unshared("network-interfaces[].host_dev_name", tap, &mut paths)?;
+            if let Some(tap) = &network.host_dev_name {
+                check_unshared("network-interfaces[].host_dev_name", tap, &mut paths)?;
+            }
+            if let Some(socket) = &network.socket {
+                check_unshared("network-interfaces[].socket", socket, &mut paths)?;
+            }
         }
         self.check_roots()?;
         self.check_balloon()?;
@@ -283,7 +290,7 @@ impl Config {
                 return range(
                     "memory-hotplug.total_size_mib",
                     memory.total_size_mib,
-                    "leave `memory-hotplug` out: the process behind `drives[].socket` or `fs` would not see such memory",
+                    "leave `memory-hotplug` out: the process behind a `socket` would not see such memory",
                 );
             }
         }

@@ -34,8 +34,8 @@ use crate::virtio::pmem::PmemFile;
 use crate::virtio::rate_limiter::LimiterOptions;
 use crate::virtio::transport::mmio;
 use crate::virtio::{
-    Balloon, DeviceWorker, Entropy, Net, VirtioDevice, Vsock, VsockOptions, balloon, block, mem,
-    net, vhost_user, vsock,
+    Balloon, DeviceWorker, Entropy, VirtioDevice, Vsock, VsockOptions, balloon, block, mem, net,
+    vhost_user, vsock,
 };
 
 mod attached;
@@ -229,7 +229,7 @@ pub fn build(config: &Config, resources: Resources, options: Options) -> Result<
         initrd,
         drives,
         pmem,
-        taps,
+        cards,
         vsock,
         metadata,
         fs,
@@ -274,7 +274,7 @@ pub fn build(config: &Config, resources: Resources, options: Options) -> Result<
     let mut panel = panel(config, &memory, ends, metadata, serial)?;
     let metadata = Metadata::new(config, &panel.metadata)?;
     panel.metrics.extend(metadata.metrics());
-    let cards = network::cards(config, taps, &metadata)?;
+    let cards = network::cards(config, cards, &metadata)?;
     let mut devices = virtio_devices(config, drives, cards, vsock)?;
     let mut pmem_places = BTreeMap::new();
     for device in pmem {
@@ -391,16 +391,14 @@ fn panel(
 fn virtio_devices(
     config: &Config,
     drives: Vec<DriveBackend>,
-    cards: Vec<Net>,
+    cards: Vec<Box<dyn VirtioDevice>>,
     vsock: Option<VsockSockets>,
 ) -> Result<Vec<Box<dyn VirtioDevice>>, Error> {
     let mut devices: Vec<Box<dyn VirtioDevice>> = Vec::with_capacity(config.device_count());
     for (drive, files) in config.drives_in_order().zip(drives) {
         devices.push(drives::device(drive, files)?);
     }
-    for card in cards {
-        devices.push(Box::new(card));
-    }
+    devices.extend(cards);
     if let (Some(config), Some(sockets)) = (&config.vsock, vsock) {
         devices.push(Box::new(Vsock::new(vsock_options(config, sockets))?));
     }

@@ -19,7 +19,7 @@ use casemate_broker::{
 };
 use thiserror::Error;
 
-use crate::config::{self, Config, CpuConfig, Drive, Serial};
+use crate::config::{self, Config, CpuConfig, Drive, NetworkInterface, Serial};
 use crate::lockdown::{self, Role, Stage};
 use crate::memory::{HugePages, huge};
 use crate::mmds::{self, Store};
@@ -30,7 +30,7 @@ mod listener;
 mod served;
 mod tap;
 
-pub use drive::DriveBackend;
+pub use drive::{CardBackend, DriveBackend};
 pub use served::Served;
 
 /// How long the broker may take for an answer during setup.
@@ -120,8 +120,8 @@ pub struct Resources {
     pub drives: Vec<DriveBackend>,
     /// One for each of the config's persistent memory devices.
     pub pmem: Vec<File>,
-    /// The queues of a tap for each of the config's network interfaces.
-    pub taps: Vec<Vec<Arc<File>>>,
+    /// One for each of the config's network cards.
+    pub cards: Vec<CardBackend>,
     /// The vsock device's.
     pub vsock: Option<VsockSockets>,
     /// What the metadata service shows.
@@ -286,9 +286,9 @@ impl Source {
         if let Self::Served(served) = self {
             served.prepare_taps();
         }
-        let taps = config.network_interfaces.iter();
-        let taps = taps.map(|network| self.taps(&network.host_dev_name, network.queues));
-        let taps = taps.collect::<Result<_, _>>()?;
+        let cards = config.network_interfaces.iter();
+        let cards = cards.map(|card| self.card(card));
+        let cards = cards.collect::<Result<_, _>>()?;
         let fs = config.fs.iter().map(|fs| self.back_end(&fs.socket));
         let fs = fs.collect::<Result<_, _>>()?;
         let serial = config.serial.as_ref().and_then(Serial::output);
@@ -313,7 +313,7 @@ impl Source {
             initrd,
             drives,
             pmem,
-            taps,
+            cards,
             vsock,
             metadata: Arc::new(Store::new(mmds::DEFAULT_LIMIT)),
             fs,
@@ -363,12 +363,15 @@ impl Source {
         self.drive(drive).map(drop)
     }
 
-    /// The same for a tap.
+    /// The same for a network card's tap.
     ///
     /// # Errors
     /// When not.
-    pub fn probe_tap(&mut self, name: &str, queues: u8) -> Result<(), Error> {
-        self.taps(name, queues).map(drop)
+    pub fn probe_card(&mut self, card: &NetworkInterface) -> Result<(), Error> {
+        if card.socket.is_some() {
+            return Ok(());
+        }
+        self.card(card).map(drop)
     }
 
     fn kvm(&mut self) -> Result<File, Error> {

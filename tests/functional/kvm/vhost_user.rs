@@ -1,7 +1,9 @@
 //! Devices whose work another process does: real back-ends from Debian's packages.
 
 use super::probe;
-use casemate_tests::{Share, Vm, exit, pattern_disk, pattern_word, storage_daemon, virtiofsd};
+use casemate_tests::{
+    NetBackEnd, Share, Vm, exit, pattern_disk, pattern_word, storage_daemon, virtiofsd,
+};
 use serde_json::json;
 use std::path::Path;
 
@@ -85,5 +87,42 @@ fn a_directory_of_virtiofsd_is_looked_into() {
         let done = machine.run().unwrap();
         done.assert_line("probe: fs host hello 1234");
         done.assert_line("probe: fs ok");
+    }
+}
+
+#[test]
+fn a_network_card_of_a_back_end_sends_and_receives() {
+    let mac = [6, 0, 0xac, 0x10, 0, 2];
+    let frame = |payload: &[u8]| {
+        let header = [&mac[..], &[2, 0, 0, 0, 0, 1], &[0x88, 0xb5]].concat();
+        let mut frame = [&header, payload].concat();
+        frame.resize(frame.len().max(60), 0);
+        frame
+    };
+    let answers = [frame(b"one"), frame(&[0xa5; 1000]), frame(&[0x5a; 1486])];
+    for jailed in [false, true] {
+        let dir = tempfile::tempdir().unwrap();
+        let socket = dir.path().join("socket");
+        let back_end = NetBackEnd::start(&socket, answers.to_vec()).unwrap();
+        let card = json!({ "iface_id": "eth0", "guest_mac": "06:00:ac:10:00:02", "mtu": 1500 });
+        let machine = probe("probe.task=net probe.count=3");
+        let mut machine = machine.back_end("network-interfaces", card, &socket);
+        if !jailed {
+            machine = machine.unjailed();
+        }
+        let done = machine.run().unwrap();
+        done.assert_line("probe: mac [06, 00, ac, 10, 00, 02]");
+        done.assert_line("probe: net ok");
+        let sent = back_end.wait().unwrap();
+        assert_eq!(sent.len(), 4);
+        assert_eq!(
+            (&sent[0][..6], &sent[0][14..19]),
+            (&[0xff; 6][..], &b"ready"[..])
+        );
+        // Each of the others came back to its sender.
+        for (sent, answer) in sent.iter().skip(1).zip(&answers) {
+            assert_eq!((&sent[..6], &sent[6..12]), (&answer[6..12], &mac[..]));
+            assert_eq!(sent[12..], answer[12..]);
+        }
     }
 }

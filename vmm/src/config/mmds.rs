@@ -34,6 +34,19 @@ pub enum MmdsVersion {
 }
 
 impl MmdsConfig {
+    /// What a card with a back-end sends does not pass this process, so the service is not there.
+    fn check_passing(&self, cards: &[NetworkInterface]) -> Result<(), Error> {
+        let mut elsewhere = cards.iter().filter(|card| card.socket.is_some());
+        match elsewhere.find(|card| self.network_interfaces.contains(&card.iface_id)) {
+            Some(card) => range(
+                "mmds-config.network_interfaces",
+                format_args!("{:.80?}", card.iface_id),
+                "this card has a vhost-user back-end: name one with a tap",
+            ),
+            None => Ok(()),
+        }
+    }
+
     pub(super) fn check(&self, cards: &[NetworkInterface]) -> Result<(), Error> {
         let refused = |address: &Ipv4Addr| !is_address_allowed(*address);
         if let Some(address) = self.ipv4_address.filter(refused) {
@@ -57,7 +70,7 @@ impl MmdsConfig {
                 format_args!("{id:.80?}"),
                 "there is no network card of that name: configure it first",
             ),
-            None => Ok(()),
+            None => self.check_passing(cards),
         }
     }
 }

@@ -20,8 +20,12 @@ fn one() -> u8 {
 pub struct NetworkInterface {
     /// Its name, unique among network cards.
     pub iface_id: String,
-    /// The tap interface behind it.
-    pub host_dev_name: String,
+    /// The tap interface behind it. Either this or `socket`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub host_dev_name: Option<String>,
+    /// The socket of a vhost-user back-end. Either this or `host_dev_name`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub socket: Option<String>,
     /// Its address; without it the guest chooses.
     pub guest_mac: Option<MacAddress>,
     /// Largest packet in bytes that the guest should send, 68 to 65535.
@@ -37,7 +41,25 @@ pub struct NetworkInterface {
 
 impl NetworkInterface {
     pub(super) fn check(&self) -> Result<(), Error> {
-        check_path("network-interfaces[].host_dev_name", &self.host_dev_name)?;
+        match (&self.host_dev_name, &self.socket) {
+            (Some(tap), None) => check_path("network-interfaces[].host_dev_name", tap)?,
+            (None, Some(socket)) => check_path("network-interfaces[].socket", socket)?,
+            _ => {
+                return range(
+                    "network-interfaces[].host_dev_name",
+                    format_args!("{:?}", self.host_dev_name),
+                    "each card has either this or `socket`",
+                );
+            }
+        }
+        let limited = self.rx_rate_limiter.is_some() || self.tx_rate_limiter.is_some();
+        if self.socket.is_some() && (limited || self.queues != 1) {
+            return range(
+                "network-interfaces[].socket",
+                format_args!("{:?}", self.socket),
+                "such a card has one pair of queues, and no rate limiter but its back-end's",
+            );
+        }
         if !(1..=MAX_PAIRS).contains(&usize::from(self.queues)) {
             return range("network-interfaces[].queues", self.queues, "use 1 to 8");
         }

@@ -226,6 +226,28 @@ fn refuses_two_of_one_name() {
         ),
         &["host_dev_name", "twice"],
     );
+    refused_with(
+        &with(r#","network-interfaces":[{"iface_id":"a"}]"#),
+        &["host_dev_name", "`socket`"],
+    );
+    refused_with(
+        &with(r#","network-interfaces":[{"iface_id":"a","host_dev_name":"t","socket":"s"}]"#),
+        &["host_dev_name", "`socket`"],
+    );
+    refused_with(
+        &with(r#","network-interfaces":[{"iface_id":"a","socket":"s","queues":2}]"#),
+        &["socket", "one pair"],
+    );
+    refused_with(
+        &with(r#","network-interfaces":[{"iface_id":"a","socket":"s","rx_rate_limiter":{}}]"#),
+        &["socket", "rate limiter"],
+    );
+    refused_with(
+        &with(
+            r#","network-interfaces":[{"iface_id":"a","socket":"s"}],"mmds-config":{"network_interfaces":["a"]}"#,
+        ),
+        &["mmds-config", "back-end"],
+    );
 }
 
 #[test]

@@ -7,7 +7,9 @@ use super::{Error, limits};
 use crate::config::{Config, MmdsConfig, MmdsVersion, NetworkInterface};
 use crate::metrics::Source;
 use crate::mmds::{self, Service, ServiceOptions, Stack, Store};
-use crate::virtio::{Net, NetOptions, net};
+use crate::resources::CardBackend;
+use crate::virtio::vhost_user::Kind;
+use crate::virtio::{Net, NetOptions, VhostUser, VhostUserOptions, VirtioDevice, net};
 
 /// What a driver sends that was not told an MTU.
 const USUAL_MTU: u16 = 1500;
@@ -49,18 +51,32 @@ impl Metadata {
     }
 }
 
-/// The cards of `config`, each on its tap's queues.
+/// The cards of `config`, each on its tap's queues or with its back-end.
 ///
 /// # Errors
 /// When a tap is not as it must be, or the host gives no random bytes.
 pub fn cards(
     config: &Config,
-    taps: Vec<Vec<Arc<File>>>,
+    backends: Vec<CardBackend>,
     metadata: &Metadata,
-) -> Result<Vec<Net>, Error> {
-    let cards = config.network_interfaces.iter().zip(taps);
+) -> Result<Vec<Box<dyn VirtioDevice>>, Error> {
+    let cards = config.network_interfaces.iter().zip(backends);
     cards
-        .map(|(network, taps)| card(network, taps, metadata, Net::new))
+        .map(
+            |(network, backend)| -> Result<Box<dyn VirtioDevice>, Error> {
+                Ok(match backend {
+                    CardBackend::Taps(taps) => Box::new(card(network, taps, metadata, Net::new)?),
+                    CardBackend::Socket(socket) => Box::new(VhostUser::new(VhostUserOptions {
+                        id: network.iface_id.clone(),
+                        socket,
+                        kind: Kind::Net {
+                            mac: network.guest_mac.map(|mac| mac.0),
+                            mtu: network.mtu,
+                        },
+                    })?),
+                })
+            },
+        )
         .collect()
 }
 

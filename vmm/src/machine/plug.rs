@@ -58,6 +58,20 @@ impl RunningMachine {
         self.plug(name, move || drives::device(&drive, backend))
     }
 
+    /// Whether `card` can be added to a running machine.
+    ///
+    /// # Errors
+    /// When something of it takes what a sealed process cannot do.
+    pub fn check_card(card: &NetworkInterface) -> Result<(), Error> {
+        if card.socket.is_none() {
+            return Ok(());
+        }
+        Err(Error::OnlyBefore {
+            device: DeviceName::NetworkInterface(card.iface_id.clone()),
+            why: "a back-end (`socket`) is connected to before the start; use `host_dev_name`",
+        })
+    }
+
     /// Plugs a network card in, whose tap is prepared ([`net::prepare`](crate::virtio::net::prepare)).
     ///
     /// # Errors
@@ -67,6 +81,7 @@ impl RunningMachine {
         card: &NetworkInterface,
         taps: Vec<Arc<File>>,
     ) -> Result<Counts, Error> {
+        Self::check_card(card)?;
         let (card, metadata) = (card.clone(), self.metadata.clone());
         let name = DeviceName::NetworkInterface(card.iface_id.clone());
         self.plug(name, move || {

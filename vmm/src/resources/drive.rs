@@ -1,12 +1,13 @@
-//! Files of drives, and connections to what serves drives and shared directories.
+//! Files of drives, taps of network cards, and connections to what serves either or shared directories.
 
 use std::fs::File;
 use std::os::unix::net::UnixStream;
+use std::sync::Arc;
 
 use casemate_broker::Kind;
 
 use super::{Error, Source, open};
-use crate::config::Drive;
+use crate::config::{Drive, NetworkInterface};
 
 /// What a block device works with.
 pub enum DriveBackend {
@@ -30,7 +31,24 @@ fn image_of(drive: &Drive) -> (&str, bool) {
     (path, !drive.is_read_only && drive.copy_on_write.is_none())
 }
 
+/// What a network card works with.
+pub enum CardBackend {
+    /// The queues of a tap.
+    Taps(Vec<Arc<File>>),
+    /// Another process.
+    Socket(UnixStream),
+}
+
 impl Source {
+    pub(super) fn card(&mut self, card: &NetworkInterface) -> Result<CardBackend, Error> {
+        if let Some(socket) = &card.socket {
+            return Ok(CardBackend::Socket(self.back_end(socket)?));
+        }
+        // A card with neither has been refused.
+        let tap = card.host_dev_name.as_deref().unwrap_or_default();
+        Ok(CardBackend::Taps(self.taps(tap, card.queues)?))
+    }
+
     /// Connected to a vhost-user back-end.
     pub(super) fn back_end(&mut self, name: &str) -> Result<UnixStream, Error> {
         let what = "vhost-user back-end";

@@ -59,11 +59,11 @@ impl Desk {
                 self.config = next;
             }
             Action::PutNetworkInterface(card) => {
-                let (tap, queues) = (card.host_dev_name.clone(), card.queues);
+                let probed = card.clone();
                 let next = self.changed(|config| {
                     put(&mut config.network_interfaces, card, |card| &card.iface_id);
                 })?;
-                self.source.probe_tap(&tap, queues)?;
+                self.source.probe_card(&probed)?;
                 self.config = next;
             }
             Action::PutVsock(vsock) => self.change(|config| config.vsock = Some(vsock))?,

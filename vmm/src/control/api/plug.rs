@@ -34,7 +34,8 @@ impl NewDevice {
         match self {
             Self::Drive(drive) => RunningMachine::check_drive(drive),
             Self::Pmem(pmem) => RunningMachine::check_pmem(pmem),
-            Self::Card(_) | Self::Vsock(_) => Ok(()),
+            Self::Card(card) => RunningMachine::check_card(card),
+            Self::Vsock(_) => Ok(()),
         }
     }
 
@@ -64,7 +65,9 @@ impl Desk {
         let plugged = match device {
             NewDevice::Drive(drive) => machine.plug_drive(drive, source.drive_later(drive)?),
             NewDevice::Card(card) => {
-                let taps = source.taps_later(&card.host_dev_name, card.queues)?;
+                // One with a back-end instead has been refused by `check`.
+                let tap = card.host_dev_name.as_deref().unwrap_or_default();
+                let taps = source.taps_later(tap, card.queues)?;
                 machine.plug_card(card, taps)
             }
             NewDevice::Pmem(pmem) => {

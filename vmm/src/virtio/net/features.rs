@@ -42,6 +42,10 @@ pub const SOMETIMES: [(Offloads, u64); 2] = [
     ),
 ];
 
+/// What a card may do to packets, whoever is behind it.
+pub const OFFLOADS: u64 =
+    ALWAYS | F_GUEST_UFO | F_HOST_UFO | F_GUEST_USO4 | F_GUEST_USO6 | F_HOST_USO;
+
 /// What the tap may hand over unfinished, given what the driver accepted.
 pub fn offloads(features: u64) -> Offloads {
     // Section 5.1.3.1: the others need checksums, and ECN needs TSO.

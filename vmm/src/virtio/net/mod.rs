@@ -16,7 +16,8 @@ use thiserror::Error;
 use vm_memory::Permissions;
 
 use self::detour::Detour;
-use self::features::{ALWAYS, F_CTRL_VQ, F_MAC, F_MQ, F_MRG_RXBUF, F_MTU, SOMETIMES, offloads};
+use self::features::{ALWAYS, F_CTRL_VQ, F_MQ, F_MRG_RXBUF, SOMETIMES, offloads};
+pub(super) use self::features::{F_MAC, F_MTU, OFFLOADS};
 use self::receive::{Delivery, Read, Receiver};
 use self::tap::Offloads;
 use super::chain::Chain;
@@ -202,6 +203,18 @@ impl Net {
     }
 }
 
+/// struct virtio_net_config up to mtu (section 5.1.4); status belongs to a feature that is not
+/// offered.
+pub(super) fn config(mac: Option<[u8; 6]>, pairs: u16, mtu: Option<u16>) -> Vec<u8> {
+    let config = [
+        &mac.unwrap_or_default()[..],
+        &[0; 2],
+        &pairs.to_le_bytes(),
+        &mtu.unwrap_or_default().to_le_bytes(),
+    ];
+    config.concat()
+}
+
 fn watch(events: &Registrar, key: u32, tap: &File) -> Result<(), device::Error> {
     // Edge-triggered: a frame that waits for room in the guest must not wake us for ever.
     events.watch(tap, key, EventSet::IN | EventSet::EDGE_TRIGGERED)?;
@@ -244,18 +257,9 @@ impl VirtioDevice for Net {
         }
     }
 
-    /// struct virtio_net_config up to mtu (section 5.1.4); status belongs to a feature that is not
-    /// offered.
     fn config(&self) -> Arc<ConfigSpace> {
         // At most `MAX_PAIRS`.
-        let pairs = self.taps.len() as u16;
-        let config = [
-            &self.mac.unwrap_or_default()[..],
-            &[0; 2],
-            &pairs.to_le_bytes(),
-            &self.mtu.unwrap_or_default().to_le_bytes(),
-        ];
-        ConfigSpace::new(config.concat())
+        ConfigSpace::new(config(self.mac, self.taps.len() as u16, self.mtu))
     }
 
     fn start(&mut self, queues: Queues, features: u64, io: DeviceIo) -> Result<(), device::Error> {

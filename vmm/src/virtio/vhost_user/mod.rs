@@ -6,6 +6,7 @@
 //! checked, addresses that it is given are the guest's, and no call waits for it for long.
 
 mod connection;
+mod kind;
 
 use std::io;
 use std::os::fd::{AsRawFd as _, RawFd};
@@ -19,6 +20,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 pub use self::connection::Error as BackEndError;
 use self::connection::{Connection, Request};
+pub use self::kind::{Kind, TAG_LEN};
 use super::config_space::ConfigSpace;
 use super::device::{
     self, COMMON_FEATURES, DeviceIo, DeviceType, Event, Queues, Traits, VirtioDevice,
@@ -43,32 +45,6 @@ const SOCKET_KEY: u32 = 0;
 /// Most queues of a back-end.
 pub const MAX_QUEUES: u16 = 8;
 const QUEUE_SIZES: &[u16] = &[256; MAX_QUEUES as usize];
-
-/// Of a block device (virtio 1.2, section 5.2.3): what a back-end may offer to the guest. Its
-/// configuration is read once, so nothing that the driver could write.
-const BLOCK_FEATURES: u64 =
-    1 << 1 | 1 << 2 | 1 << 4 | 1 << 5 | 1 << 6 | 1 << 9 | 1 << 10 | BLOCK_MQ | 1 << 13 | 1 << 14;
-const BLOCK_MQ: u64 = 1 << 12;
-/// Length of struct virtio_blk_config up to the fields of write-zeroes, and where its number of queues is.
-const BLOCK_CONFIG: u32 = 60;
-const BLOCK_QUEUES: usize = 34;
-/// Longest name of a shared directory (section 5.11.4).
-pub const TAG_LEN: usize = 36;
-
-/// What a back-end is.
-#[derive(Clone, Debug)]
-pub enum Kind {
-    /// A disk with up to so many queues.
-    Block {
-        /// 1 to [`MAX_QUEUES`]; the back-end may have fewer.
-        queues: u16,
-    },
-    /// A shared directory, which the guest mounts by this name.
-    Fs {
-        /// 1 to [`TAG_LEN`] bytes.
-        tag: String,
-    },
-}
 
 /// A device and its back-end.
 #[derive(Debug)]
@@ -116,6 +92,8 @@ pub struct VhostUser {
     connection: Connection,
     device_type: DeviceType,
     features: u64,
+    /// Those of them that the back-end knows nothing of.
+    own_features: u64,
     config: Arc<ConfigSpace>,
     queues: Vec<Wires>,
     running: Option<(QueueStates, DeviceIo)>,
@@ -149,36 +127,9 @@ impl VhostUser {
             id: id.clone(),
             source,
         };
-        let (device_type, offered, bytes, count) = match kind {
-            Kind::Block { queues } => {
-                let mut count = 1;
-                if queues > 1 && protocol & MQ != 0 {
-                    let most = connection.ask_u64(Request::GetQueueNum).map_err(bad)?;
-                    count = u16::try_from(most).unwrap_or(MAX_QUEUES).clamp(1, queues);
-                }
-                if protocol & CONFIG == 0 {
-                    let what = "configuration to read (VHOST_USER_PROTOCOL_F_CONFIG)";
-                    return Err(Error::Lacks { id, what });
-                }
-                let mut bytes = get_config(&connection, BLOCK_CONFIG).map_err(bad)?;
-                if let Some(field) = bytes.get_mut(BLOCK_QUEUES..BLOCK_QUEUES + 2) {
-                    field.copy_from_slice(&count.to_le_bytes());
-                }
-                let mut offered = features & BLOCK_FEATURES;
-                if count == 1 {
-                    offered &= !BLOCK_MQ;
-                }
-                (DeviceType::Block, offered, bytes, count)
-            }
-            Kind::Fs { tag } => {
-                let mut bytes = vec![0; TAG_LEN];
-                for (to, from) in bytes.iter_mut().zip(tag.bytes()) {
-                    *to = from;
-                }
-                // One queue for requests, beside the one for urgent ones.
-                bytes.extend(1_u32.to_le_bytes());
-                (DeviceType::Fs, 0, bytes, 2)
-            }
+        let Some(offer) = kind.offer(&connection, features, protocol).map_err(bad)? else {
+            let what = "configuration to read (VHOST_USER_PROTOCOL_F_CONFIG)";
+            return Err(Error::Lacks { id, what });
         };
         let eventfd = || EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC);
         let wires = |_| {
@@ -187,7 +138,7 @@ impl VhostUser {
                 call: eventfd()?,
             })
         };
-        let queues = (0..count.clamp(1, MAX_QUEUES)).map(wires);
+        let queues = (0..offer.queues.clamp(1, MAX_QUEUES)).map(wires);
         let queues = queues.collect::<io::Result<_>>();
         Ok(Self {
             queues: queues.map_err(|source| Error::EventFd {
@@ -196,9 +147,10 @@ impl VhostUser {
             })?,
             id,
             connection,
-            device_type,
-            features: offered,
-            config: ConfigSpace::new(bytes),
+            device_type: offer.device_type,
+            features: offer.features,
+            own_features: offer.own_features,
+            config: ConfigSpace::new(offer.config),
             running: None,
             gone: false,
         })
@@ -207,7 +159,7 @@ impl VhostUser {
     /// Sets everything up for a driver.
     fn set_up(&self, states: &QueueStates, features: u64, io: &DeviceIo) -> Result<(), SetUpError> {
         let connection = &self.connection;
-        let features = features | PROTOCOL_FEATURES;
+        let features = features & !self.own_features | PROTOCOL_FEATURES;
         connection.tell(Request::SetFeatures, &features.to_le_bytes(), &[])?;
         let (table, fds) = memory_table(&io.memory)?;
         connection.tell(Request::SetMemTable, &table, &fds)?;
@@ -294,20 +246,6 @@ fn greet(connection: &mut Connection, id: &str) -> Result<(u64, u64), Error> {
         ));
     }
     Ok((features, protocol))
-}
-
-/// The first `len` bytes of the device's configuration.
-fn get_config(connection: &Connection, len: u32) -> Result<Vec<u8>, BackEndError> {
-    let mut message: Vec<u8> = [0, len, 0].map(u32::to_le_bytes).concat();
-    let head = message.clone();
-    message.resize(message.len().saturating_add(len as usize), 0);
-    let mut answer = message.clone();
-    connection.ask(Request::GetConfig, &message, &mut answer)?;
-    match answer.split_at_checked(head.len()) {
-        // Offset and length; the flags mean nothing here.
-        Some((there, bytes)) if there.get(..8) == head.get(..8) => Ok(bytes.to_vec()),
-        _ => Err(BackEndError::Nonsense(Request::GetConfig)),
-    }
 }
 
 /// The guest's memory as the back-end maps it. The addresses by which it is asked for things are the guest's,

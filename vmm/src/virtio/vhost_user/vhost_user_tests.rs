@@ -1,3 +1,4 @@
+use super::kind::{BLOCK_FEATURES, BLOCK_MQ};
 use super::*;
 use crate::memory::{self, allocate_with};
 use crate::virtio::testing::{Driver, Rig};
@@ -132,6 +133,67 @@ fn shows_the_guest_what_the_back_end_offers_and_no_more() {
     let config = device.config().bytes();
     assert_eq!((&config[..5], config.len()), (&b"host\0"[..], 40));
     assert_eq!(device.traits().queue_sizes.len(), 2);
+}
+
+fn net(mac: Option<[u8; 6]>, mtu: Option<u16>) -> (VhostUser, Receiver<Told>) {
+    let (socket, heard) = back_end(|request, reply| {
+        // Offers, among all else, what is not its own.
+        Some(if request == 1 {
+            message(1, 5, &u64::MAX.to_le_bytes())
+        } else {
+            reply
+        })
+    });
+    let options = VhostUserOptions {
+        id: "card".into(),
+        socket,
+        kind: Kind::Net { mac, mtu },
+    };
+    (VhostUser::with_patience(options, SOON).unwrap(), heard)
+}
+
+#[test]
+fn a_cards_address_and_mtu_are_the_configs() {
+    use crate::virtio::net::{F_MAC, F_MTU, OFFLOADS};
+    let (card, _heard) = net(None, None);
+    assert_eq!(card.traits().features, OFFLOADS);
+    let mac = [6, 0, 0, 0, 0, 1];
+    let (card, _heard) = net(Some(mac), Some(1400));
+    let traits = card.traits();
+    assert_eq!(traits.features, OFFLOADS | F_MAC | F_MTU);
+    assert_eq!(
+        (traits.device_type, traits.queue_sizes.len()),
+        (DeviceType::Net, 2)
+    );
+    let config = card.config().bytes().to_vec();
+    assert_eq!(
+        (&config[..6], &config[10..]),
+        (&mac[..], &1400_u16.to_le_bytes()[..])
+    );
+}
+
+/// Nor is it told of features that it has not got.
+#[test]
+fn a_card_keeps_what_is_its_own() {
+    use crate::virtio::net::{F_MAC, F_MTU};
+    let (mut card, heard) = net(Some([6; 6]), Some(1400));
+    let memory = memory::Options {
+        shared: true,
+        ..memory::Options::default()
+    };
+    let events = crate::event_loop::EventLoop::new().unwrap();
+    let io = DeviceIo {
+        memory: allocate_with(0x40_0000, memory).unwrap(),
+        signal: Arc::<crate::virtio::testing::Counter>::default(),
+        events: events.registrar(0),
+    };
+    let agreed = COMMON_FEATURES | F_MAC | F_MTU | 1;
+    card.start(Queues::default(), agreed, io).unwrap();
+    let told = heard
+        .try_iter()
+        .find(|told| told.0 == Request::SetFeatures as u32);
+    let expected = COMMON_FEATURES | PROTOCOL_FEATURES | 1;
+    assert_eq!(told.unwrap().1, expected.to_le_bytes());
 }
 
 /// The addresses that a back-end is told are the guest's: it learns nothing of where this process has what.
@@ -336,4 +398,106 @@ fn what_nobody_asked_for_ends_the_conversation() {
     assert!(matches!(connection.unasked(), Err(BackEndError::Gone)));
     let told = connection.tell(Request::SetOwner, &[], &[]);
     assert!(matches!(told, Err(BackEndError::Gone)));
+}
+
+/// A good back-end behind a wire that is cut after so many bytes of its own.
+fn cut_after(count: u64) -> UnixStream {
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    let (inner, served) = UnixStream::pair().unwrap();
+    std::thread::spawn(move || {
+        let (told, _heard) = channel();
+        serve(served, good, &told)
+    });
+    let (mut from, mut to) = (theirs.try_clone().unwrap(), inner.try_clone().unwrap());
+    std::thread::spawn(move || std::io::copy(&mut from, &mut to));
+    std::thread::spawn(move || {
+        let _ = std::io::copy(&mut (&inner).take(count), &mut &theirs);
+        let _ = theirs.shutdown(std::net::Shutdown::Both);
+        let _ = inner.shutdown(std::net::Shutdown::Both);
+    });
+    ours
+}
+
+#[test]
+fn a_back_end_may_hang_up_after_any_byte() {
+    let began = std::time::Instant::now();
+    let (mut refused, mut made) = (0, 0);
+    for count in 0..220 {
+        let options = VhostUserOptions {
+            id: "far".into(),
+            socket: cut_after(count),
+            kind: Kind::Block { queues: 2 },
+        };
+        match VhostUser::with_patience(options, SOON) {
+            Err(Error::BackEnd { .. }) => refused += 1,
+            Err(other) => panic!("{count}: {other}"),
+            Ok(mut device) => {
+                made += 1;
+                let shared = memory::Options {
+                    shared: true,
+                    ..memory::Options::default()
+                };
+                let io = DeviceIo {
+                    memory: allocate_with(0x1_0000, shared).unwrap(),
+                    signal: Arc::<crate::virtio::testing::Counter>::default(),
+                    events: crate::event_loop::EventLoop::new().unwrap().registrar(0),
+                };
+                // Whether it starts or not, it stops.
+                let _ = device.start(Queues::default(), COMMON_FEATURES, io);
+                device.stop();
+            }
+        }
+    }
+    assert!(refused > 100 && made > 10, "{refused} {made}");
+    assert!(began.elapsed() < SOON * 100);
+}
+
+#[test]
+fn descriptors_that_nobody_asked_for_are_not_taken() {
+    use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
+    let (ours, mut theirs) = UnixStream::pair().unwrap();
+    let (read, write) = nix::unistd::pipe().unwrap();
+    let thread = std::thread::spawn(move || {
+        let mut request = [0; 12];
+        theirs.read_exact(&mut request).unwrap();
+        let reply = message(Request::GetFeatures as u32, 5, &7_u64.to_le_bytes());
+        let fds = [read.as_raw_fd()];
+        let rights = [ControlMessage::ScmRights(&fds)];
+        let slice = [io::IoSlice::new(&reply)];
+        let fd = theirs.as_raw_fd();
+        sendmsg::<()>(fd, &slice, &rights, MsgFlags::empty(), None).unwrap();
+    });
+    let connection = Connection::new(ours, SOON);
+    assert_eq!(connection.ask_u64(Request::GetFeatures).unwrap(), 7);
+    thread.join().unwrap();
+    // Nobody has the end that was sent.
+    let error = nix::unistd::write(&write, b"x").unwrap_err();
+    assert_eq!(error, nix::errno::Errno::EPIPE);
+}
+
+#[test]
+fn a_back_end_that_lies_about_its_queues_gets_some_that_there_can_be() {
+    for (manners, count) in [
+        (
+            (|request, reply| {
+                Some(match request {
+                    17 => message(17, 5, &0_u64.to_le_bytes()),
+                    _ => reply,
+                })
+            }) as Manners,
+            1,
+        ),
+        (
+            |request, reply| {
+                Some(match request {
+                    17 => message(17, 5, &u64::MAX.to_le_bytes()),
+                    _ => reply,
+                })
+            },
+            3,
+        ),
+    ] {
+        let device = block(manners, 3).0.unwrap();
+        assert_eq!(device.traits().queue_sizes.len(), count);
+    }
 }
