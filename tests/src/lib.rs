@@ -28,7 +28,7 @@ pub use disk::{pattern_disk, pattern_word};
 pub use kernels::broken_kernels;
 pub use machine::Machine;
 pub use net_back_end::NetBackEnd;
-pub use netns::Netns;
+pub use netns::{Netns, wait_until_running};
 pub use placement::{cpus_of_thread, memory_nodes};
 pub use process::{Finished, Running, resident_mib};
 pub use run::{Casemate, kernel_file, modules, packaged_kernel, rootfs};

@@ -3,12 +3,15 @@
 use std::fs::File;
 use std::os::fd::{AsRawFd as _, OwnedFd};
 use std::process::Command;
+use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::ifaddrs::getifaddrs;
+use nix::net::if_::InterfaceFlags;
 use nix::sched::{CloneFlags, setns};
 use nix::sys::socket::{AddressFamily, SockFlag, SockProtocol, SockType, bind, socket};
 
+use crate::process::PATIENCE;
 use crate::unique_id;
 
 /// The namespace; gone, and the tap with it, when dropped.
@@ -77,6 +80,21 @@ impl Netns {
         let mut command = Command::new("ip");
         command.args(["netns", "exec", &self.name, program]);
         command
+    }
+}
+
+/// Waits, in the calling thread's namespace, until the kernel sends frames out by `interface`. It learns a little later
+/// (IFF_RUNNING) that a program has come to a tap's other end, and drops what is sent before.
+#[track_caller]
+pub fn wait_until_running(interface: &str) {
+    let deadline = Instant::now() + PATIENCE;
+    let running = || -> nix::Result<bool> {
+        let mut found = getifaddrs()?.filter(|found| found.interface_name == interface);
+        Ok(found.any(|found| found.flags.contains(InterfaceFlags::IFF_RUNNING)))
+    };
+    while !running().unwrap_or_else(|error| panic!("{interface}: {error}")) {
+        assert!(Instant::now() < deadline, "{interface} does not come up");
+        std::thread::sleep(Duration::from_millis(2));
     }
 }
 

@@ -4,7 +4,7 @@ use std::fs::File;
 use std::os::fd::{AsRawFd, OwnedFd};
 
 use super::probe;
-use casemate_tests::{Finished, Netns, Vm};
+use casemate_tests::{Finished, Netns, Vm, wait_until_running};
 use nix::sched::{CloneFlags, setns};
 use nix::sys::socket::{MsgFlags, recv, send, setsockopt, sockopt};
 use nix::sys::time::{TimeVal, TimeValLike};
@@ -45,6 +45,14 @@ pub fn receive(socket: &OwnedFd) -> Vec<u8> {
     }
 }
 
+/// The guest has said that it is ready, and frames reach it.
+pub(super) fn wait_for_guest(socket: &OwnedFd) {
+    let announced = receive(socket);
+    assert_eq!(announced[..6], [0xff; 6]);
+    assert_eq!(&announced[14..19], b"ready");
+    wait_until_running("tap0");
+}
+
 fn echoes(netns: &Netns, vm: Vm, jailed: bool) -> Finished {
     let vm = if jailed {
         vm.jailer_arg("--netns").jailer_arg(&netns.path())
@@ -54,9 +62,7 @@ fn echoes(netns: &Netns, vm: Vm, jailed: bool) -> Finished {
     inside(netns, |socket| {
         // The unjailed VMM opens its tap in the namespace that it is started in: this thread's.
         let vm = vm.start().unwrap();
-        let announced = receive(socket);
-        assert_eq!(announced[..6], [0xff; 6]);
-        assert_eq!(&announced[14..19], b"ready");
+        wait_for_guest(socket);
         for payload in [&b"one"[..], &[0xa5; 1000], &[0x5a; 1486]] {
             let sent = frame(MAC_BYTES, SENDER, payload);
             send(socket.as_raw_fd(), &sent, MsgFlags::empty()).unwrap();

@@ -14,7 +14,7 @@ use nix::libc;
 use nix::sys::socket::{MsgFlags, send};
 use serde_json::{Value, json};
 
-use super::net::{MAC, MAC_BYTES, SENDER, frame, inside, receive};
+use super::net::{MAC, MAC_BYTES, SENDER, frame, inside, receive, wait_for_guest};
 use super::vsock::connect;
 
 /// A guest that waits for devices, uses each by `task`, and lets `rounds` of them go.
@@ -295,7 +295,7 @@ fn cards_come_and_go() {
             for (id, left) in [("eth0", 1), ("eth1", 0)] {
                 let path = format!("/network-interfaces/{id}");
                 machine.put(&path, card(id, "tap0")).assert_done();
-                assert_eq!(&receive(socket)[14..19], b"ready");
+                wait_for_guest(socket);
                 let sent = frame(MAC_BYTES, SENDER, b"one");
                 send(socket.as_raw_fd(), &sent, MsgFlags::empty()).unwrap();
                 assert_eq!(receive(socket), frame(SENDER, MAC_BYTES, b"one"));
