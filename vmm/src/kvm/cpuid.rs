@@ -40,8 +40,6 @@ const CACHE_SHARING: u32 = 0xfff << 14;
 const EXTENDED_ECX_REMOVED: u32 = bits(&[2, 3, 10, 12, 13, 15, 19, 23, 24, 26, 27, 28, 29]);
 /// Leaf 0x8000_0001, ECX: more than one core, in AMD's older way.
 const EXTENDED_ECX_CMP_LEGACY: u32 = 1 << 1;
-/// The same: there is leaf 0x8000_001e.
-const EXTENDED_ECX_TOPOEXT: u32 = 1 << 22;
 
 /// Leaves of what was removed above: SGX, resource control, trace, PCONFIG, IBS, LWP,
 /// SEV, AMD's resource control, PMU v2; and AMD's newer topology leaf, which is not rewritten here.
@@ -119,9 +117,6 @@ impl MachineCpuid {
         });
         let host = Host {
             is_amd: entries.iter().any(is_amd),
-            counts_threads: entries.iter().any(|entry| {
-                entry.function == 0x8000_0001 && entry.ecx & EXTENDED_ECX_TOPOEXT != 0
-            }),
             has_tiles,
             tsc_deadline,
         };
@@ -189,9 +184,6 @@ impl MachineCpuid {
 /// What of the host decides on more than one leaf.
 struct Host {
     is_amd: bool,
-    /// AMD: it has a leaf for the threads of a core (TOPOEXT), and counts threads elsewhere. Without, it counts
-    /// cores, and software divides.
-    counts_threads: bool,
     /// A guest may have the state of AMX.
     has_tiles: bool,
     tsc_deadline: bool,
@@ -257,18 +249,12 @@ fn normalise(entry: &mut kvm_cpuid_entry2, topology: Topology, host: &Host) {
         }
         0x8000_0001 => {
             entry.ecx &= !(EXTENDED_ECX_REMOVED | EXTENDED_ECX_CMP_LEGACY);
-            if vcpus > 1 && host.is_amd && (host.counts_threads || threads == 1) {
+            if vcpus > 1 && host.is_amd {
                 entry.ecx |= EXTENDED_ECX_CMP_LEGACY;
             }
         }
-        // ECX, AMD only: 7..0: how many there are, less one; 15..12: bits of an APIC id that name one.
-        0x8000_0008 if host.is_amd => {
-            let count = match host.counts_threads {
-                true => vcpus,
-                false => topology.cores(),
-            };
-            entry.ecx = u32::from(count).saturating_sub(1) | id_bits(count) << 12;
-        }
+        // ECX, AMD only: 7..0: threads - 1; 15..12: bits of an APIC id that name the thread.
+        0x8000_0008 if host.is_amd => entry.ecx = last | id_bits(vcpus) << 12,
         0x8000_0008 => entry.ecx = 0,
         _ => {}
     }
@@ -376,16 +362,6 @@ mod tests {
         assert_eq!(read(&vcpu, 0xb, 0), [1, 2, 0x100, 3]);
         assert_eq!(read(&vcpu, 0xb, 1), [3, 6, 0x201, 3]);
         assert_eq!(read(&vcpu, 0x8000_001e, 0)[..2], [3, 1 | 1 << 8]);
-        // Six threads, or three cores where only those can be counted.
-        assert_eq!(read(&vcpu, 0x8000_0008, 0)[2], 5 | 3 << 12);
-        let old = host_of(&[
-            (0, 0, AMD),
-            (0x8000_0001, 0, [0, 0, !EXTENDED_ECX_TOPOEXT, 0]),
-            (0x8000_0008, 0, [0x3030, 0, 0, 0]),
-        ]);
-        let vcpu = MachineCpuid::new(&old, pairs, true).of_vcpu(3).unwrap();
-        assert_eq!(read(&vcpu, 0x8000_0008, 0)[2], 2 | 2 << 12);
-        assert_eq!(read(&vcpu, 0x8000_0001, 0)[2] & EXTENDED_ECX_CMP_LEGACY, 0);
         let alone = MachineCpuid::new(&host, 1, true).of_vcpu(0).unwrap();
         assert_eq!(read(&alone, 1, 0)[3] & LEAF_1_EDX_HTT, 0);
         assert_eq!(read(&alone, 0xb, 1), [0, 1, 0x201, 0]);
