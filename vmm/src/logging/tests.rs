@@ -1,5 +1,6 @@
 use std::io::Read as _;
 use std::sync::atomic::AtomicUsize;
+use std::time::{Duration, Instant};
 
 use nix::fcntl::{FcntlArg, fcntl};
 use nix::unistd::pipe;
@@ -137,8 +138,12 @@ fn a_signal_handler_may_log() {
     vmm_sys_util::signal::register_signal_handler(signal, on_signal).unwrap();
     let target = TARGET.get_or_init(|| logger(file.try_clone().unwrap()));
     let worker = std::thread::spawn(move || {
-        for line in 0..LINES {
+        let deadline = Instant::now() + Duration::from_secs(60);
+        let mut line = 0;
+        // A busy host may not let the other thread send anything before these are through.
+        while line < LINES || LOGGED.load(Ordering::Relaxed) == 0 && Instant::now() < deadline {
             log(target, 1_000_000 + line, "thread");
+            line += 1;
         }
     });
     use vmm_sys_util::signal::Killable as _;
