@@ -98,9 +98,9 @@ pub fn run(cmdline: &Cmdline) -> Result<(), Failure> {
     // It comes a moment after what it tells of.
     wait_for(|| device.take_interrupts() & 1 != 0)
         .map_err(|_| "the request raised no interrupt")?;
-    if device.take_interrupts() != 0 {
-        return Err("acknowledging the interrupt did nothing");
-    }
+    // A device may raise one more than it has to; acknowledged, each stays away.
+    wait_for(|| device.take_interrupts() == 0)
+        .map_err(|_| "acknowledging the interrupt did nothing")?;
     let text = id.split(|&byte| byte == 0).next().unwrap_or_default();
     let text = core::str::from_utf8(text).unwrap_or("?");
     serial::line(format_args!(
