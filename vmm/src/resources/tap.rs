@@ -22,25 +22,16 @@ ioctl_iow_nr!(TUNSETIFF, b'T' as u32, 202, libc::c_int);
 /// When no interface has the name (TUNSETIFF would make one), it is no tap, it is in use, it has
 /// one queue and several are asked for, or the caller may not.
 pub fn open(name: &str, queues: u8) -> io::Result<Vec<File>> {
-    let missing = || io::Error::new(io::ErrorKind::NotFound, "there is no such interface");
-    if name.len() > MAX_NAME {
-        return Err(missing());
-    }
+    check_name(name)?;
     nix::net::if_::if_nametoindex(name).map_err(|_| missing())?;
-    let (one, several) = (0, libc::IFF_MULTI_QUEUE);
-    let mut files = Vec::with_capacity(queues.into());
-    for _ in 0..queues {
-        files.push(
-            match attach(name, if queues == 1 { one } else { several }) {
-                // A tap made for several queues can do with one.
-                Err(error) if queues == 1 && error.kind() == io::ErrorKind::InvalidInput => {
-                    attach(name, several)?
-                }
-                result => result?,
-            },
-        );
-    }
-    Ok(files)
+    let tun = || {
+        OpenOptions::new()
+            .read(true)
+            .write(true)
+            .open("/dev/net/tun")
+    };
+    let queue = |_| attach(tun, name, queues > 1);
+    (0..queues).map(queue).collect()
 }
 
 /// Attaches to one queue of the tap `name` and prepares it for a card: for the broker, whose policy knows these calls
@@ -49,22 +40,13 @@ pub fn open(name: &str, queues: u8) -> io::Result<Vec<File>> {
 /// # Errors
 /// As [`open`].
 pub fn open_queue(name: &str, several: bool) -> io::Result<OwnedFd> {
-    let missing = || io::Error::new(io::ErrorKind::NotFound, "there is no such interface");
-    if name.len() > MAX_NAME {
-        return Err(missing());
-    }
-    let attach = |more| {
+    check_name(name)?;
+    let tun = || {
         let flags = OFlag::O_RDWR | OFlag::O_CLOEXEC | OFlag::O_NONBLOCK;
         let tun = openat2(AT_FDCWD, "/dev/net/tun", OpenHow::new().flags(flags))?;
-        attach_to(File::from(tun), name, more)
+        Ok(File::from(tun))
     };
-    let queue = match attach(if several { libc::IFF_MULTI_QUEUE } else { 0 }) {
-        // As in `open`.
-        Err(error) if !several && error.kind() == io::ErrorKind::InvalidInput => {
-            attach(libc::IFF_MULTI_QUEUE)?
-        }
-        result => result?,
-    };
+    let queue = attach(tun, name, several)?;
     // Had it not been there, it was made just now, and goes away with its descriptor.
     if net::prepare(&queue, several)? & libc::IFF_PERSIST == 0 {
         return Err(missing());
@@ -72,12 +54,27 @@ pub fn open_queue(name: &str, several: bool) -> io::Result<OwnedFd> {
     Ok(queue.into())
 }
 
-fn attach(name: &str, more: libc::c_int) -> io::Result<File> {
-    let tun = OpenOptions::new()
-        .read(true)
-        .write(true)
-        .open("/dev/net/tun")?;
-    attach_to(tun, name, more)
+fn missing() -> io::Error {
+    io::Error::new(io::ErrorKind::NotFound, "there is no such interface")
+}
+
+fn check_name(name: &str) -> io::Result<()> {
+    if name.len() > MAX_NAME {
+        return Err(missing());
+    }
+    Ok(())
+}
+
+/// Attaches what `tun` opens to a queue of the tap `name`, one of several or the only one.
+fn attach(tun: impl Fn() -> io::Result<File>, name: &str, several: bool) -> io::Result<File> {
+    let more = if several { libc::IFF_MULTI_QUEUE } else { 0 };
+    match attach_to(tun()?, name, more) {
+        // A tap made for several queues can do with one.
+        Err(error) if !several && error.kind() == io::ErrorKind::InvalidInput => {
+            attach_to(tun()?, name, libc::IFF_MULTI_QUEUE)
+        }
+        result => result,
+    }
 }
 
 fn attach_to(tun: File, name: &str, more: libc::c_int) -> io::Result<File> {
