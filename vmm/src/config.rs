@@ -3,8 +3,8 @@
 //! Each section has a file. The API's bodies are these sections, too, and make a [`Config`] one by one.
 //! Some fields are ours: `boot-source.protocol`, `machine-config.pit`, `machine-config.max_vcpu_count`,
 //! `machine-config.numa_nodes`,
-//! of `drives[]` `discard`, `queues`, `copy_on_write` and `io_engine: Auto`, of `network-interfaces[]` `mtu` and
-//! `queues`, `fs` and `console`.
+//! of `drives[]` `discard`, `queues`, `copy_on_write` and `io_engine: Auto`, of `network-interfaces[]` `mtu`,
+//! `queues` and `socket`, `fs` and `console`.
 
 use std::collections::BTreeSet;
 use std::fmt;
@@ -354,6 +354,19 @@ fn check_path(field: &'static str, path: &str) -> Result<(), Error> {
         );
     }
     Ok(())
+}
+
+/// What is behind a device: something of the host's or the socket of a vhost-user back-end, and one of them only.
+fn check_backend(
+    (field, own): (&'static str, Option<&str>),
+    (socket_field, socket): (&'static str, Option<&str>),
+    allowed: &'static str,
+) -> Result<(), Error> {
+    match (own, socket) {
+        (Some(own), None) => check_path(field, own),
+        (None, Some(socket)) => check_path(socket_field, socket),
+        _ => range(field, format_args!("{own:?}"), allowed),
+    }
 }
 
 fn check_unshared<'a>(

@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::{Error, MAX_MEMORY_MIB, RateLimiter, check_path, range};
+use super::{Error, MAX_MEMORY_MIB, RateLimiter, check_backend, check_path, range};
 
 /// Most queues of a block device.
 pub const MAX_DRIVE_QUEUES: u16 = 8;
@@ -89,17 +89,11 @@ fn is_yes(value: &bool) -> bool {
 
 impl Drive {
     pub(super) fn check(&self) -> Result<(), Error> {
-        match (&self.path_on_host, &self.socket) {
-            (Some(path), None) => check_path("drives[].path_on_host", path)?,
-            (None, Some(path)) => check_path("drives[].socket", path)?,
-            _ => {
-                return range(
-                    "drives[].path_on_host",
-                    format_args!("{:?}", self.path_on_host),
-                    "each drive has either this or `socket`",
-                );
-            }
-        }
+        check_backend(
+            ("drives[].path_on_host", self.path_on_host.as_deref()),
+            ("drives[].socket", self.socket.as_deref()),
+            "each drive has either this or `socket`",
+        )?;
         if self.socket.is_some()
             && (self.is_read_only || self.rate_limiter.is_some() || self.io_engine.is_some())
         {

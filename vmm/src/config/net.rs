@@ -4,7 +4,7 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize, Serializer};
 
-use super::{Error, RateLimiter, check_path, range};
+use super::{Error, RateLimiter, check_backend, range};
 use crate::virtio::net::MAX_PAIRS;
 
 /// Smallest MTU that a virtio network card may announce (virtio 1.2, section 5.1.4.1).
@@ -41,17 +41,14 @@ pub struct NetworkInterface {
 
 impl NetworkInterface {
     pub(super) fn check(&self) -> Result<(), Error> {
-        match (&self.host_dev_name, &self.socket) {
-            (Some(tap), None) => check_path("network-interfaces[].host_dev_name", tap)?,
-            (None, Some(socket)) => check_path("network-interfaces[].socket", socket)?,
-            _ => {
-                return range(
-                    "network-interfaces[].host_dev_name",
-                    format_args!("{:?}", self.host_dev_name),
-                    "each card has either this or `socket`",
-                );
-            }
-        }
+        check_backend(
+            (
+                "network-interfaces[].host_dev_name",
+                self.host_dev_name.as_deref(),
+            ),
+            ("network-interfaces[].socket", self.socket.as_deref()),
+            "each card has either this or `socket`",
+        )?;
         let limited = self.rx_rate_limiter.is_some() || self.tx_rate_limiter.is_some();
         if self.socket.is_some() && (limited || self.queues != 1) {
             return range(
