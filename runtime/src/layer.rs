@@ -48,7 +48,8 @@ pub enum Error {
     },
 }
 
-/// Makes the disk at `path`, in the place of what a killed machine of the same name may have left there.
+/// Makes the disk at `path`, in the place of what a killed machine of the same name may have left there. Half of one is
+/// left when it fails: the machine that it is for removes it, as any.
 ///
 /// # Errors
 /// See [`Error`].
@@ -95,7 +96,6 @@ pub fn make(path: &Path, size_mib: u64) -> Result<(), Error> {
         .output()
         .map_err(failed("cannot run mkfs.ext4 on"))?;
     if !output.status.success() {
-        remove(path);
         return Err(Error::Mkfs {
             path: path.to_path_buf(),
             message: String::from_utf8_lossy(&output.stderr).trim().to_owned(),

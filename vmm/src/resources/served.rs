@@ -499,13 +499,17 @@ fn handed_over(
     handover: &mut Handover,
     names: &[String],
 ) -> Result<Vec<Arc<File>>, Error> {
-    let queue = |name: &String| match (taps.get(name), handover.take(name, &[Kind::Tap])) {
-        (Some(queue), _) => Ok(Arc::clone(queue)),
-        (None, Ok(queue)) => Ok(Arc::new(queue.into())),
-        (None, Err(source)) => Err(Error::Handover {
-            what: "tap",
-            source,
-        }),
+    let queue = |name: &String| match taps.get(name) {
+        Some(queue) => Ok(Arc::clone(queue)),
+        // It is not there any more; the error says what to grant.
+        None => {
+            let taken = handover.take(name, &[Kind::Tap]);
+            let taken = taken.map(|queue| Arc::new(queue.into()));
+            taken.map_err(|source| Error::Handover {
+                what: "tap",
+                source,
+            })
+        }
     };
     names.iter().map(queue).collect()
 }

@@ -69,10 +69,12 @@ impl Desk {
             Action::PutVsock(vsock) => self.change(|config| config.vsock = Some(vsock))?,
             Action::PutEntropy(entropy) => self.change(|config| config.entropy = Some(entropy))?,
             Action::PutSerial(serial) => {
-                if let Some(path) = serial.output() {
-                    self.source.append(Serial::WHAT, path)?;
+                let path = serial.output().map(str::to_owned);
+                let next = self.changed(|config| config.serial = Some(serial))?;
+                if let Some(path) = path {
+                    self.source.append(Serial::WHAT, &path)?;
                 }
-                self.change(|config| config.serial = Some(serial))?;
+                self.config = next;
             }
             Action::PutBalloon(balloon) => self.change(|config| config.balloon = Some(balloon))?,
             Action::PutMemoryHotplug(memory) => self.change(|config| {

@@ -136,15 +136,16 @@ impl Ring {
             Restriction::sqe_flags_required(Flags::FIXED_FILE.bits()),
         ])?;
         submitter.register_enable_rings()?;
+        let ticket = Ticket {
+            queue: 0,
+            head: 0,
+            status: GuestAddress(0),
+            written: 0,
+            work: Work::begin(&Request::Flush),
+        };
         let slot = |_| Slot {
             state: State::Free,
-            ticket: Ticket {
-                queue: 0,
-                head: 0,
-                status: GuestAddress(0),
-                written: 0,
-                work: Work::begin(&Request::Flush),
-            },
+            ticket,
             pieces: IoVecBuffer::default(),
         };
         Ok(Self {
