@@ -2,26 +2,23 @@
 
 use std::collections::BTreeMap;
 use std::fs::File;
-use std::io;
 use std::sync::Arc;
 use std::sync::mpsc::{Sender, channel};
 use std::thread::Builder;
 use std::time::Duration;
 
 use log::{info, warn};
-use thiserror::Error;
 
 use crate::boot::{self, GedInfo, MachineDescription};
-use crate::bus::{self, Bus};
+use crate::bus::Bus;
 use crate::config::{self, Config, RateLimiter};
-use crate::cpu_template::{self, Template};
+use crate::cpu_template::Template;
 use crate::devices::boot_timer::{BootTimer, Moment};
 use crate::devices::{
     AcpiRegisters, ClockPage, Generation, I8042, SerialOptions, SerialPort, VcpuRegisters, acpi,
-    clock, generation, i8042, serial,
+    i8042, serial,
 };
 use crate::ending::{End, EndSignal};
-use crate::event_loop;
 use crate::kvm::cpuid::{MachineCpuid, Topology};
 use crate::kvm::{self, Vcpu, Vm};
 use crate::lockdown::{self, Role, Stage};
@@ -29,20 +26,17 @@ use crate::memory::{self, GuestMemory, layout};
 use crate::metrics::Source;
 use crate::mmds::Store;
 use crate::resources::{DriveBackend, Resources, VsockSockets};
-use crate::vcpu::{self, Buses, VcpuThread};
+use crate::vcpu::{Buses, VcpuThread};
 use crate::virtio::pmem::PmemFile;
 use crate::virtio::rate_limiter::LimiterOptions;
-use crate::virtio::transport::mmio;
-use crate::virtio::{
-    Balloon, DeviceWorker, Entropy, VirtioDevice, Vsock, VsockOptions, balloon, block, mem, net,
-    vhost_user, vsock,
-};
+use crate::virtio::{Balloon, DeviceWorker, Entropy, VirtioDevice, Vsock, VsockOptions};
 
 mod attached;
 mod command_line;
 mod console;
 pub mod devices;
 mod drives;
+mod error;
 mod guest_memory;
 pub mod hotplug;
 mod network;
@@ -55,100 +49,12 @@ use attached::{Attached, OnMmio, OnPci};
 use command_line::command_line;
 pub use console::ConsolePanel;
 use devices::Devices;
+pub use error::Error;
+use error::host;
 use hotplug::Hotplug;
 use network::Metadata;
 pub use pmem::explain;
 use vcpus::Vcpus;
-
-/// Why a machine was not started.
-#[derive(Debug, Error)]
-pub enum Error {
-    /// KVM refused something.
-    #[error(transparent)]
-    Kvm(#[from] kvm::Error),
-    /// The CPU template cannot be used.
-    #[error(transparent)]
-    CpuTemplate(#[from] cpu_template::Error),
-    /// There is not that much memory.
-    #[error(transparent)]
-    Memory(#[from] memory::Error),
-    /// The kernel, the initrd or the command line cannot be booted.
-    #[error("cannot boot kernel {path:?}: {source}")]
-    Boot {
-        /// The kernel, as the config names it.
-        path: String,
-        /// Why.
-        source: boot::Error,
-    },
-    /// The generation id could not be drawn.
-    #[error(transparent)]
-    Generation(#[from] generation::Error),
-    /// The clock page could not be written.
-    #[error(transparent)]
-    Clock(#[from] clock::Error),
-    /// The machine cannot be where it should on the host.
-    #[error(transparent)]
-    Placement(#[from] placement::Error),
-    /// Two devices claim one address.
-    #[error("put the devices on the bus: {0}")]
-    Bus(#[from] bus::Error),
-    /// A drive cannot be used.
-    #[error(transparent)]
-    Block(#[from] block::Error),
-    /// A network card cannot be used.
-    #[error("network interface {id:?}: {source}")]
-    Net {
-        /// Its id.
-        id: String,
-        /// Why.
-        source: net::Error,
-    },
-    /// The metadata service cannot be made.
-    #[error("metadata service: {0}")]
-    Metadata(#[source] io::Error),
-    /// A vhost-user device cannot be used.
-    #[error(transparent)]
-    VhostUser(#[from] vhost_user::Error),
-    /// The socket device cannot be used.
-    #[error(transparent)]
-    Vsock(#[from] vsock::Error),
-    /// The balloon cannot be made.
-    #[error(transparent)]
-    Balloon(#[from] balloon::Error),
-    /// Persistent memory cannot be used.
-    #[error(transparent)]
-    Pmem(#[from] crate::virtio::pmem::Error),
-    /// The memory device cannot be made.
-    #[error(transparent)]
-    Mem(#[from] mem::Error),
-    /// A device's eventfds could not be made.
-    #[error(transparent)]
-    Transport(#[from] mmio::Error),
-    /// The device thread's event loop could not be made.
-    #[error("device thread: {0}")]
-    EventLoop(#[from] event_loop::Error),
-    /// A vCPU thread could not be started.
-    #[error(transparent)]
-    Vcpu(#[from] vcpu::Error),
-    /// A thread could not be sealed.
-    #[error(transparent)]
-    Lockdown(#[from] lockdown::Error),
-    /// The host has no eventfd or thread for us.
-    #[error("cannot {what}: {source}")]
-    Host {
-        /// What was being done.
-        what: &'static str,
-        /// What the host said.
-        source: io::Error,
-    },
-    /// There is no window, or no slot, for a device. Configs are checked for it before.
-    #[error("no interrupt pin and no PCI slot is left for a virtio device: remove some")]
-    NoWindow,
-}
-
-fn host(what: &'static str) -> impl Fn(io::Error) -> Error {
-    move |source| Error::Host { what, source }
-}
 
 /// A machine whose guest has not run yet.
 pub struct Machine {

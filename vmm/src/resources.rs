@@ -4,32 +4,31 @@
 //! not there is asked of the broker. Without a jail this process opens them itself, before its
 //! setup filter, which allows no opening.
 
-use std::fs::{File, OpenOptions};
+use std::fs::File;
 use std::io::{self, Read};
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
+use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use casemate_broker::{
-    BrokerPolicy, Client, ClientError, ConnectTarget, Handover, HandoverError, Kind, Operation,
-    UnjailedError, spawn_unjailed,
+    Client, ClientError, Handover, HandoverError, Kind, Operation, UnjailedError,
 };
 use thiserror::Error;
 
 use crate::config::{self, Config, CpuConfig, Drive, NetworkInterface, Serial};
-use crate::lockdown::{self, Role, Stage};
 use crate::memory::{HugePages, huge};
 use crate::mmds::{self, Store};
 
 mod append;
+mod direct;
 mod drive;
 mod listener;
 mod served;
 mod tap;
 
+use direct::{fork_broker, open_device, open_file, open_listener, open_taps};
 pub use drive::{CardBackend, DriveBackend};
 pub use served::Served;
 
@@ -431,33 +430,6 @@ fn queue_names(tap: &str, queues: u8) -> impl Iterator<Item = String> {
     })
 }
 
-fn open_taps(name: &str, queues: u8) -> Result<Vec<File>, Error> {
-    tap::open(name, queues).map_err(|source| Error::Open {
-        what: "tap",
-        name: name.to_owned(),
-        hint: match source.kind() {
-            io::ErrorKind::NotFound => "; make it (`ip tuntap add NAME mode tap`)",
-            io::ErrorKind::InvalidInput => {
-                "; for several queues make it with `ip tuntap add NAME mode tap multi_queue`"
-            }
-            _ => "; it must be a free tap that this user may use",
-        },
-        source,
-    })
-}
-
-fn open_listener(what: &'static str, path: &str) -> Result<UnixListener, Error> {
-    listen(path).map_err(|source| Error::Open {
-        what,
-        name: path.to_owned(),
-        hint: match source.kind() {
-            io::ErrorKind::AddrInUse => "; another machine or program uses it",
-            _ => "",
-        },
-        source,
-    })
-}
-
 fn open(what: &'static str, name: &str, source: io::Error) -> Error {
     Error::Open {
         what,
@@ -465,41 +437,6 @@ fn open(what: &'static str, name: &str, source: io::Error) -> Error {
         source,
         hint: "",
     }
-}
-
-fn open_device(path: &str) -> Result<File, Error> {
-    let file = OpenOptions::new().read(true).write(true).open(path);
-    file.map_err(|source| Error::Open {
-        what: "KVM device",
-        name: path.to_owned(),
-        hint: match source.kind() {
-            io::ErrorKind::PermissionDenied => {
-                "; run as root or add this user to the device's group (often `kvm`)"
-            }
-            io::ErrorKind::NotFound => {
-                "; load kvm_intel or kvm_amd, and enable virtualization in the firmware or outer hypervisor"
-            }
-            _ => "",
-        },
-        source,
-    })
-}
-
-fn open_file(what: &'static str, name: &str, write: bool) -> Result<File, Error> {
-    OpenOptions::new()
-        .read(true)
-        .write(write)
-        // A pipe or a terminal must neither hold us up nor become our terminal before it is refused.
-        .custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY)
-        .open(name)
-        .map_err(|source| match source.kind() {
-            io::ErrorKind::IsADirectory => Error::NotAFile {
-                what,
-                name: name.to_owned(),
-                found: "a directory",
-            },
-            _ => open(what, name, source),
-        })
 }
 
 fn check_file(what: &'static str, name: &str, file: &File) -> Result<(), Error> {
@@ -517,53 +454,6 @@ fn check_file(what: &'static str, name: &str, file: &File) -> Result<(), Error> 
         name: name.to_owned(),
         found,
     })
-}
-
-/// Listens on `path`. A socket that a machine left there, and that nobody listens on, is replaced:
-/// an unjailed VMM cannot remove its own when it ends, for it is sealed.
-fn listen(path: &str) -> io::Result<UnixListener> {
-    match UnixListener::bind(path) {
-        Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
-            let is_socket = std::fs::symlink_metadata(path)?.file_type().is_socket();
-            let refused = UnixStream::connect(path)
-                .is_err_and(|error| error.kind() == io::ErrorKind::ConnectionRefused);
-            if !(is_socket && refused) {
-                return Err(error);
-            }
-            std::fs::remove_file(path)?;
-            UnixListener::bind(path)
-        }
-        result => result,
-    }
-}
-
-/// A broker that connects to the sockets of the vsock device at `path`, and does nothing else.
-fn fork_broker(path: &str) -> Result<Client, Error> {
-    let full = Path::new(path);
-    let base_name = full.file_name().and_then(|name| name.to_str());
-    let base_name = base_name.ok_or_else(|| {
-        let source = io::ErrorKind::InvalidInput.into();
-        open("vsock", path, source)
-    })?;
-    let directory = match full.parent() {
-        Some(parent) if !parent.as_os_str().is_empty() => parent,
-        _ => Path::new("."),
-    };
-    let directory = OpenOptions::new()
-        .read(true)
-        .custom_flags(libc::O_DIRECTORY | libc::O_PATH)
-        .open(directory)
-        .map_err(|source| open("directory of vsock", path, source))?;
-    let policy = BrokerPolicy {
-        connections: vec![ConnectTarget {
-            device: path.to_owned(),
-            directory: directory.into(),
-            base_name: base_name.to_owned(),
-        }],
-        ..BrokerPolicy::default()
-    };
-    let seal = || lockdown::enter(Role::Broker, Stage::Sealed);
-    Ok(spawn_unjailed(policy, seal)?)
 }
 
 #[cfg(test)]

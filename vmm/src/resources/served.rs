@@ -501,7 +501,7 @@ fn handed_over(
 ) -> Result<Vec<Arc<File>>, Error> {
     let queue = |name: &String| match taps.get(name) {
         Some(queue) => Ok(Arc::clone(queue)),
-        // It is not there any more; the error says what to grant.
+        // All that were handed over are there: the error says what to grant.
         None => {
             let taken = handover.take(name, &[Kind::Tap]);
             let taken = taken.map(|queue| Arc::new(queue.into()));
