@@ -11,8 +11,11 @@ pub fn alone(name: &str) -> bool {
         return true;
     }
     let output = Command::new(std::env::current_exe().unwrap())
-        .args(["--exact", name])
+        .args(["--exact", "--nocapture", name])
         .env(MARK, "1")
+        // As `memory::heap` does for the VMM, but before the harness starts a thread: a thread with a heap of
+        // its own opens a file before it gives memory back.
+        .env("MALLOC_ARENA_MAX", "1")
         .output()
         .unwrap();
     let text = String::from_utf8_lossy(&output.stdout);

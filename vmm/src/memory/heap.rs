@@ -3,9 +3,9 @@
 
 /// Makes all threads share one heap.
 ///
-/// Otherwise glibc's allocator maps one for each thread, and before the ninth it counts the host's
-/// CPUs, which opens a file: a sealed thread may not. It also saves memory, and our threads allocate
-/// too rarely to wait for each other.
+/// Otherwise glibc's allocator maps one for each thread. Before the ninth it counts the host's CPUs, and before
+/// it shrinks one it asks whether the kernel overcommits memory: both open a file, which a sealed thread may not.
+/// It also saves memory, and our threads allocate too rarely to wait for each other.
 ///
 /// To be called before any thread is started.
 pub fn share_among_threads() {

@@ -270,7 +270,6 @@ fn stress(test: &str, attach: fn(&dyn VirtioDevice, &GuestMemory) -> Attached) {
         return;
     }
     lockdown::install_violation_reporter().unwrap();
-    crate::memory::heap::share_among_threads();
     let seconds = std::env::var("CASEMATE_STRESS_SECONDS").map_or(2, |text| text.parse().unwrap());
     let memory = add_hotplug(&memory(), 64 << 20, 2 << 20).unwrap();
     let directory = tempfile::tempdir().unwrap();

@@ -46,6 +46,9 @@ pub const SILENCE: Duration = Duration::from_secs(60);
 const NUDGE: Duration = Duration::from_millis(500);
 /// It is up after about five seconds on an idle host.
 const BOOT: Duration = Duration::from_secs(120);
+/// How much of the console is shown of a lab that ended by itself: the whole account that a kernel gives of its end,
+/// with registers and stack.
+const CONSOLE_LINES: usize = 120;
 
 /// `cargo xtask lab`
 #[derive(clap::Args)]
@@ -166,7 +169,7 @@ pub fn run(job: &Job, out: &mut dyn Write, err: &mut dyn Write) -> Result<Outcom
         writeln!(
             err,
             "xtask: the end of the lab's console:\n{}",
-            tail(&place.log, 40)
+            tail(&place.log, CONSOLE_LINES)
         )?;
     }
     Ok(outcome)
