@@ -18,6 +18,8 @@ const COMMON: &str = "common";
 struct File {
     /// What runs under this policy.
     about: String,
+    /// A role whose rules these ones come on top of.
+    extends: Option<String>,
     /// Roles of the threads that this one starts. They inherit its setup filter, which
     /// therefore has to allow all that their own policies do.
     #[serde(default)]
@@ -26,6 +28,7 @@ struct File {
     #[serde(default)]
     setup: Vec<FileRule>,
     /// Allowed for the whole life of the thread.
+    #[serde(default)]
     sealed: Vec<FileRule>,
 }
 
@@ -101,6 +104,7 @@ pub fn load(folder: &Path) -> Result<Vec<Role>, String> {
 /// One file whose rules are understood.
 struct Parsed {
     about: String,
+    extends: Option<String>,
     starts: Vec<String>,
     setup: Vec<Rule>,
     sealed: Vec<Rule>,
@@ -119,6 +123,7 @@ impl Parsed {
         };
         Ok(Self {
             about: file.about,
+            extends: file.extends,
             starts: file.starts,
             setup: rules(file.setup)?,
             sealed: rules(file.sealed)?,
@@ -165,14 +170,28 @@ fn role(
     common: &Parsed,
     files: &BTreeMap<String, Parsed>,
 ) -> Result<Role, String> {
+    let base = match &file.extends {
+        None => None,
+        Some(base) => Some(
+            files
+                .get(base)
+                .ok_or_else(|| format!("`extends` names `{base}`, which has no policy"))?,
+        ),
+    };
+    // The base's first: what comes on top is rarer.
+    let parts = || base.into_iter().chain([file]);
     let mut sealed = Vec::new();
-    for rule in common.sealed.iter().chain(&file.sealed) {
+    for rule in common
+        .sealed
+        .iter()
+        .chain(parts().flat_map(|part| &part.sealed))
+    {
         add(&mut sealed, rule)?;
     }
     let mut setup = sealed.clone();
     // The threads' rules come before the process's own: a rule costs time on each call that the
     // kernel has to compare with it, and a vCPU's KVM_RUN passes the inherited filter every time.
-    for thread in &file.starts {
+    for thread in parts().flat_map(|part| &part.starts) {
         let thread = files
             .get(thread)
             .ok_or_else(|| format!("`starts` names `{thread}`, which has no policy"))?;
@@ -181,7 +200,11 @@ fn role(
         }
     }
     let mut own = Vec::new();
-    for rule in common.setup.iter().chain(&file.setup) {
+    for rule in common
+        .setup
+        .iter()
+        .chain(parts().flat_map(|part| &part.setup))
+    {
         // What several threads of a process share is no repetition within one file.
         add(&mut own, rule)?;
         add_shared(&mut setup, rule);

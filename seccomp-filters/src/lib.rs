@@ -25,12 +25,16 @@ pub const EXIT_VIOLATION: i32 = 159;
 pub enum Role {
     /// The VMM's control thread.
     Control,
+    /// The same in a VMM that is built with a debugger's stub; sealed, it is [`Role::Control`].
+    Debugged,
     /// The VMM's thread that runs virtio devices.
     Device,
     /// A VMM's thread that runs one vCPU.
     Vcpu,
     /// The VMM's thread that writes the guest's console to standard output.
     Console,
+    /// The thread of such a VMM that speaks with gdb.
+    Gdb,
     /// The VMM's worker for prefault and snapshot.
     Helper,
     /// The process beside a VMM that opens and connects for it.
@@ -47,11 +51,13 @@ pub enum Role {
 
 impl Role {
     /// Every role.
-    pub const ALL: [Role; 10] = [
+    pub const ALL: [Role; 12] = [
         Role::Control,
+        Role::Debugged,
         Role::Device,
         Role::Vcpu,
         Role::Console,
+        Role::Gdb,
         Role::Helper,
         Role::Broker,
         Role::Monitor,
@@ -73,9 +79,11 @@ impl Role {
     pub const fn name(self) -> &'static str {
         match self {
             Role::Control => "control",
+            Role::Debugged => "debugged",
             Role::Device => "device",
             Role::Vcpu => "vcpu",
             Role::Console => "console",
+            Role::Gdb => "gdb",
             Role::Helper => "helper",
             Role::Broker => "broker",
             Role::Monitor => "monitor",

@@ -197,7 +197,7 @@ fn sealed_threads_map_private_anonymous_memory_only() {
         }
         let file = (libc::MAP_SHARED | libc::MAP_NORESERVE) as u64;
         for (prot, allowed) in [
-            (data, role == Role::Control),
+            (data, is_control(role)),
             (data | libc::PROT_EXEC as u64, false),
         ] {
             let args = [0, 4096, prot, file, 3, 0];
@@ -208,6 +208,34 @@ fn sealed_threads_map_private_anonymous_memory_only() {
             );
         }
     }
+}
+
+fn is_control(role: Role) -> bool {
+    matches!(role, Role::Control | Role::Debugged)
+}
+
+/// What a debugger's stub needs is there where one is built in, and nowhere else.
+#[test]
+fn a_debugger_reads_and_stops_vcpus_and_nobody_else_does() {
+    for (name, request) in [
+        ("KVM_GET_REGS", 0x8090_ae81),
+        ("KVM_GET_FPU", 0x81a0_ae8c),
+        ("KVM_TRANSLATE", 0xc018_ae85),
+        ("KVM_SET_GUEST_DEBUG", 0x4048_ae9b),
+    ] {
+        let may = |role, stage| allows(role, stage, "ioctl", &[9, request]);
+        // A back-end has no vCPU's descriptor, and its policy no list of what may be asked of one.
+        for role in Role::ALL.into_iter().filter(|role| *role != Role::Backend) {
+            let debugs = matches!(role, Role::Gdb);
+            assert_eq!(may(role, Stage::Sealed), debugs, "{name} {role:?}");
+            let starts = debugs || role == Role::Debugged;
+            assert_eq!(may(role, Stage::Setup), starts, "{name} {role:?}");
+        }
+    }
+    assert_eq!(
+        syscalls(Role::Control, Stage::Sealed),
+        syscalls(Role::Debugged, Stage::Sealed)
+    );
 }
 
 /// A program that was taken over executes nothing but the files of its jail, and starts nothing.

@@ -11,6 +11,7 @@
 mod api;
 mod back_end;
 mod disk;
+mod gdb;
 mod kernels;
 mod leftovers;
 mod machine;
@@ -25,6 +26,7 @@ pub use api::{ApiAnswer, ApiClient};
 pub use back_end::{Share, storage_daemon, virtiofsd};
 pub use casemate_broker::exit;
 pub use disk::{pattern_disk, pattern_word};
+pub use gdb::Gdb;
 pub use kernels::broken_kernels;
 pub use machine::Machine;
 pub use net_back_end::NetBackEnd;

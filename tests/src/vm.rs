@@ -54,6 +54,8 @@ pub struct Vm {
     dir: TempDir,
     config: Value,
     jailed: bool,
+    /// The VMM.
+    program: &'static str,
     api: Api,
     id: String,
     uid: u32,
@@ -85,6 +87,7 @@ impl Vm {
             }),
             dir,
             jailed: true,
+            program: "casemate-vmm",
             api: Api::None,
             id: unique_id("test"),
             uid: unique_uid(),
@@ -244,6 +247,15 @@ impl Vm {
         self
     }
 
+    /// With a VMM that is built with a debugger's stub, which listens on [`Vm::gdb_path`].
+    #[must_use]
+    pub fn debugged(mut self) -> Self {
+        let path = self.gdb_path().to_string_lossy().into_owned();
+        self.program = "casemate-vmm-gdb";
+        self.grants.push(("--grant-listen", path.clone()));
+        self.set("/machine-config/gdb_socket_path", json!(path))
+    }
+
     /// Adds an entropy device.
     #[must_use]
     pub fn entropy(mut self) -> Self {
@@ -294,6 +306,11 @@ impl Vm {
         self.dir.path().join(name)
     }
 
+    /// Where a debugger connects.
+    pub fn gdb_path(&self) -> PathBuf {
+        self.path("gdb.sock")
+    }
+
     /// The vsock device's socket.
     pub fn vsock_path(&self) -> PathBuf {
         self.path("v.sock")
@@ -319,7 +336,7 @@ impl Vm {
         if self.jailed {
             command = Command::new(bin("casemate-jailer"));
             command.args(["--id", &self.id, "--new-pid-ns", "--exec-file"]);
-            command.arg(bin("casemate-vmm"));
+            command.arg(bin(self.program));
             let uid = self.uid.to_string();
             command.args(["--uid", &uid, "--gid", &uid]);
             for (flag, value) in &self.grants {
@@ -332,7 +349,7 @@ impl Vm {
             command.args(&self.jailer_args);
             command.arg("--");
         } else {
-            command = Command::new(bin("casemate-vmm"));
+            command = Command::new(bin(self.program));
             command.args(["--id", &self.id]);
         }
         match self.api {

@@ -13,6 +13,8 @@ pub mod cpu_template;
 pub mod devices;
 pub mod ending;
 pub mod event_loop;
+#[cfg(feature = "gdb")]
+pub mod gdb;
 pub mod kvm;
 pub mod lockdown;
 pub mod logging;

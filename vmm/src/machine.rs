@@ -19,6 +19,8 @@ use crate::devices::{
     i8042, serial,
 };
 use crate::ending::{End, EndSignal};
+#[cfg(feature = "gdb")]
+use crate::gdb;
 use crate::kvm::cpuid::{MachineCpuid, Topology};
 use crate::kvm::{self, Vcpu, Vm};
 use crate::lockdown::{self, Role, Stage};
@@ -70,6 +72,8 @@ pub struct Machine {
     address_bits: u8,
     pmem_places: BTreeMap<String, u64>,
     panel: Panel,
+    #[cfg(feature = "gdb")]
+    gdb: Option<gdb::Stub>,
 }
 
 /// What the control thread has in its hands.
@@ -141,6 +145,8 @@ pub fn build(config: &Config, resources: Resources, options: Options) -> Result<
         fs,
         serial,
         free_huge_pages,
+        #[cfg(feature = "gdb")]
+        gdb,
     } = resources;
     let max_vcpus = config.machine_config.max_vcpus();
     let pit = config.machine_config.pit;
@@ -238,6 +244,14 @@ pub fn build(config: &Config, resources: Resources, options: Options) -> Result<
     // Last: from the first one on, changing a memslot waits for milliseconds.
     devices.bind_doorbells(&vm)?;
     let (worker, hotplug) = devices.into_worker(&names)?;
+    #[cfg(feature = "gdb")]
+    let gdb = match gdb {
+        Some(listener) => {
+            let handles = vm.debug_vcpus(&vcpus)?;
+            Some(gdb::Stub::new(listener, handles, memory.clone()))
+        }
+        None => None,
+    };
     Ok(Machine {
         vm,
         vcpus,
@@ -250,6 +264,8 @@ pub fn build(config: &Config, resources: Resources, options: Options) -> Result<
         address_bits,
         pmem_places,
         panel,
+        #[cfg(feature = "gdb")]
+        gdb,
     })
 }
 
@@ -424,7 +440,13 @@ impl Machine {
             let thread = placement::on_cpus(vcpu.id(), &cpus, || {
                 VcpuThread::start(vcpu, buses, ends, seal)
             });
-            vcpus.push(thread??);
+            vcpus.push(Arc::new(thread??));
+        }
+        #[cfg(feature = "gdb")]
+        if let Some(stub) = self.gdb {
+            let seal = seal(Role::Gdb, &sealed);
+            let started = stub.start(&vcpus, Arc::clone(ends), seal);
+            started.map_err(host("start the debugger's stub"))?;
         }
         drop(sealed);
         // The barrier: the channel closes once every thread has said how its sealing went.

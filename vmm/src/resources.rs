@@ -131,6 +131,9 @@ pub struct Resources {
     pub serial: Option<File>,
     /// Huge pages that the host has free, where that could be read.
     pub free_huge_pages: Option<u64>,
+    /// Where a debugger connects.
+    #[cfg(feature = "gdb")]
+    pub gdb: Option<Arc<UnixListener>>,
 }
 
 /// What a vsock device works with.
@@ -296,7 +299,7 @@ impl Source {
         // The listener last: without a jail it leaves a name behind.
         let vsock = match &config.vsock {
             Some(vsock) => Some(VsockSockets {
-                listener: self.listener(&vsock.uds_path)?,
+                listener: self.listener("vsock", &vsock.uds_path)?,
                 // A broker's one user is the vsock device: all else has been opened.
                 broker: match self {
                     Self::Direct => shared(forked),
@@ -305,6 +308,12 @@ impl Source {
                 },
             }),
             None => None,
+        };
+        #[cfg(feature = "gdb")]
+        let gdb = {
+            let path = config.machine_config.gdb_socket_path.as_ref();
+            let listener = path.map(|path| self.listener("gdb_socket_path", path));
+            listener.transpose()?
         };
         Ok(Resources {
             kvm,
@@ -318,6 +327,8 @@ impl Source {
             fs,
             serial,
             free_huge_pages,
+            #[cfg(feature = "gdb")]
+            gdb,
         })
     }
 
@@ -405,15 +416,14 @@ impl Source {
         }
     }
 
-    fn listener(&mut self, path: &str) -> Result<Arc<UnixListener>, Error> {
-        let what = "vsock";
+    fn listener(&mut self, what: &'static str, path: &str) -> Result<Arc<UnixListener>, Error> {
         match self {
             Self::Direct => open_listener(what, path).map(Arc::new),
             Self::Jailed(jail) => {
                 let listener = jail.take(what, path, Kind::Listener)?;
                 Ok(Arc::new(listener.into()))
             }
-            Self::Served(served) => served.listener(path),
+            Self::Served(served) => served.listener(what, path),
         }
     }
 }

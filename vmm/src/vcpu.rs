@@ -63,6 +63,36 @@ impl Access for Buses {
 enum Command {
     Run,
     Pause,
+    #[cfg(feature = "gdb")]
+    Debug(debug::Command),
+}
+
+/// What a thread has been told so far.
+#[derive(Default)]
+struct Orders {
+    run: bool,
+    /// The debugger holds it: it runs nothing, whatever it is told.
+    #[cfg(feature = "gdb")]
+    held: bool,
+}
+
+impl Orders {
+    fn obey(&mut self, command: Command) {
+        match command {
+            Command::Run => self.run = true,
+            Command::Pause => self.run = false,
+            #[cfg(feature = "gdb")]
+            Command::Debug(command) => self.held = command == debug::Command::Hold,
+        }
+    }
+
+    fn state(&self) -> State {
+        #[cfg(feature = "gdb")]
+        let run = self.run && !self.held;
+        #[cfg(not(feature = "gdb"))]
+        let run = self.run;
+        if run { State::Running } else { State::Paused }
+    }
 }
 
 /// What a vCPU thread is doing.
@@ -80,6 +110,8 @@ enum State {
 struct Status {
     state: Mutex<State>,
     changed: Condvar,
+    #[cfg(feature = "gdb")]
+    stop: debug::StopSlot,
 }
 
 impl Status {
@@ -112,6 +144,8 @@ impl VcpuThread {
         let status = Arc::new(Status {
             state: Mutex::new(State::Paused),
             changed: Condvar::new(),
+            #[cfg(feature = "gdb")]
+            stop: debug::StopSlot::default(),
         });
         let reported = Arc::clone(&status);
         let thread = Builder::new()
@@ -189,25 +223,33 @@ fn run(
     status: &Status,
 ) {
     vcpu.attach();
+    let mut orders = Orders::default();
     let mut state = State::Paused;
     while state != State::Exited {
-        let next = match state {
-            State::Exited => State::Exited,
-            State::Paused => match commands.recv() {
-                Ok(Command::Run) => State::Running,
-                Ok(Command::Pause) => State::Paused,
-                Err(RecvError) => State::Exited,
-            },
-            // A kick comes after its command, and is forgotten before the commands are looked at: so
-            // one that comes after this look ends the run.
-            State::Running => match commands.try_recv() {
-                Ok(Command::Run) => State::Running,
-                Ok(Command::Pause) => State::Paused,
-                Err(TryRecvError::Disconnected) => State::Exited,
-                Err(TryRecvError::Empty) => match run_guest(&mut vcpu, buses, ends) {
-                    Exit::Kicked => State::Running,
-                    _ => State::Exited,
-                },
+        let command = match state {
+            State::Running => commands.try_recv(),
+            _ => commands
+                .recv()
+                .map_err(|RecvError| TryRecvError::Disconnected),
+        };
+        // A kick comes after its command, and is forgotten before the commands are looked at: so one that comes
+        // after this look ends the run.
+        let next = match command {
+            Ok(command) => {
+                orders.obey(command);
+                orders.state()
+            }
+            Err(TryRecvError::Disconnected) => State::Exited,
+            Err(TryRecvError::Empty) => match run_guest(&mut vcpu, buses, ends) {
+                Exit::Kicked => State::Running,
+                #[cfg(feature = "gdb")]
+                Exit::Debug(dr6) => {
+                    orders.held = true;
+                    status.set(orders.state());
+                    status.stop.report(dr6);
+                    orders.state()
+                }
+                _ => State::Exited,
             },
         };
         if next != state {
@@ -225,6 +267,8 @@ fn run_guest(vcpu: &mut Vcpu, buses: &Buses, ends: &EndSignal) -> Exit {
             // KVM waits for interrupts itself; a kernel that does not is asked again.
             Exit::Served | Exit::Halted => continue,
             Exit::Kicked => {}
+            #[cfg(feature = "gdb")]
+            Exit::Debug(_) => {}
             Exit::Shutdown => ends.announce(End::PoweredOff),
             Exit::Reset => ends.announce(End::Reset),
             Exit::Crashed(why) => {
@@ -237,6 +281,8 @@ fn run_guest(vcpu: &mut Vcpu, buses: &Buses, ends: &EndSignal) -> Exit {
     }
 }
 
+#[cfg(feature = "gdb")]
+pub mod debug;
 #[cfg(test)]
 #[path = "vcpu_tests.rs"]
 mod tests;

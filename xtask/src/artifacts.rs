@@ -57,6 +57,30 @@ pub fn build() -> Result<Artifacts> {
     Ok(artifacts)
 }
 
+/// Builds the VMM with a debugger's stub as `casemate-vmm-gdb`, which only tests need. To be called before [`build`], for cargo calls it
+/// by the same name as the one without.
+///
+/// # Errors
+/// When cargo fails, or its product cannot be renamed.
+pub fn build_debugged() -> Result<()> {
+    say("building a VMM with its debugger's stub");
+    let mut command = cargo();
+    command.args([
+        "build",
+        "--release",
+        "--package",
+        "casemate-vmm",
+        "--features",
+        "gdb",
+    ]);
+    run(&mut command)?;
+    let dir = workspace::target_dir()
+        .join(workspace::TRIPLE)
+        .join("release");
+    let (from, to) = (dir.join("casemate-vmm"), dir.join("casemate-vmm-gdb"));
+    std::fs::rename(&from, &to).with_context(|| format!("rename {}", from.display()))
+}
+
 /// Cargo, in the checkout. Its messages go to standard error.
 pub fn cargo() -> Command {
     let program = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());

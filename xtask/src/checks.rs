@@ -44,6 +44,10 @@ pub fn lint() -> Result<()> {
             "--all-targets",
         ])
         .args(deny))?;
+    run(cargo()
+        .args(["clippy", "--package", "casemate-vmm", "--all-targets"])
+        .args(["--features", "gdb"])
+        .args(deny))?;
     run(probe_cargo("clippy").arg("--release").args(deny))
 }
 

@@ -48,6 +48,12 @@ pub const EXT4: Need = Need {
     package: "e2fsprogs",
     reason: "a test boots from an ext4 image",
 };
+/// gdb, in its smallest form.
+pub const GDB: Need = Need {
+    files: &["/usr/bin/gdb"],
+    package: "gdb-minimal",
+    reason: "a test debugs a guest",
+};
 /// `xz`, with which a distribution may have compressed its modules.
 pub const XZ: Need = Need {
     files: &["/usr/bin/xz"],

@@ -11,6 +11,7 @@ mod block;
 mod boot;
 mod clients;
 mod console;
+mod debugger;
 mod ending;
 mod entropy;
 mod machine;

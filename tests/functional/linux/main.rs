@@ -1,6 +1,7 @@
 //! The linux tier: an unmodified distribution kernel, driven as a user would drive it.
 
 mod cgroups;
+mod debugger;
 mod devices;
 mod discard;
 mod ending;

@@ -40,6 +40,9 @@ pub struct MachineConfig {
     /// Whether there is an i8254 timer (for guests that cannot do without).
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub pit: bool,
+    /// Where gdb connects; only in a VMM that is built with the feature `gdb`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub gdb_socket_path: Option<String>,
 }
 
 /// What pages the guest's memory is made of.
@@ -81,6 +84,7 @@ impl Default for MachineConfig {
             track_dirty_pages: false,
             huge_pages: HugePages::None,
             pit: false,
+            gdb_socket_path: None,
         }
     }
 }
@@ -92,6 +96,15 @@ impl MachineConfig {
     }
 
     pub(super) fn check(&self) -> Result<(), Error> {
+        if let Some(path) = &self.gdb_socket_path
+            && !cfg!(feature = "gdb")
+        {
+            return range(
+                "machine-config.gdb_socket_path",
+                path,
+                "leave it out: this VMM has no debugger's stub (`cargo build --features gdb` makes one that has)",
+            );
+        }
         if !(1..=MAX_VCPUS).contains(&self.vcpu_count) {
             return range("machine-config.vcpu_count", self.vcpu_count, "use 1 to 32");
         }

@@ -6,6 +6,8 @@
 #![allow(unsafe_code)] // Memslots, unions of `kvm_run` and a signal handler have no safe form.
 
 pub mod cpuid;
+#[cfg(feature = "gdb")]
+pub mod debug;
 mod irq;
 mod kick;
 pub mod msr;

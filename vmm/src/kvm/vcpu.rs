@@ -38,12 +38,15 @@ pub enum Exit {
     Reset,
     /// The guest cannot go on; why, and where it was.
     Crashed(String),
+    /// A debug exception that a debugger waits for; what DR6 says of it.
+    #[cfg(feature = "gdb")]
+    Debug(u64),
 }
 
 /// A vCPU.
 pub struct Vcpu {
     id: u8,
-    fd: VcpuFd,
+    pub(super) fd: VcpuFd,
 }
 
 impl Vcpu {
@@ -156,6 +159,8 @@ impl Vcpu {
             }
             VcpuExit::Intr | VcpuExit::IrqWindowOpen => Exit::Kicked,
             VcpuExit::Hlt => Exit::Halted,
+            #[cfg(feature = "gdb")]
+            VcpuExit::Debug(debug) => Exit::Debug(debug.dr6),
             VcpuExit::SystemEvent(KVM_SYSTEM_EVENT_SHUTDOWN, _) => Exit::Shutdown,
             VcpuExit::SystemEvent(KVM_SYSTEM_EVENT_RESET, _) => Exit::Reset,
             VcpuExit::SystemEvent(KVM_SYSTEM_EVENT_CRASH, _) => {

@@ -25,7 +25,7 @@ const API_VERSION: i32 = 12;
 /// A virtual machine.
 pub struct Vm {
     kvm: Kvm,
-    fd: Arc<VmFd>,
+    pub(super) fd: Arc<VmFd>,
     /// What the memslots point to: mapped as long as the machine can touch it.
     memory: Option<GuestMemory>,
     /// Likewise the files in the guest's address space.

@@ -46,7 +46,12 @@ pub enum Error {
 /// # Errors
 /// When the kernel refuses a wall; nothing of a guest may run then.
 pub fn lock_down() -> Result<(), Error> {
-    enter(Role::Control, Stage::Setup)?;
+    let role = if cfg!(feature = "gdb") {
+        Role::Debugged
+    } else {
+        Role::Control
+    };
+    enter(role, Stage::Setup)?;
     // Whether its absence is tolerable is the jailer's decision, and it has been made.
     let outcome = landlock_nothing(true)?;
     log::info!("{outcome}");

@@ -33,18 +33,18 @@ trait Command {
     fn pause(&self);
 }
 
-impl Command for VcpuThread {
+impl Command for Arc<VcpuThread> {
     fn resume(&self) {
-        self.resume();
+        VcpuThread::resume(self);
     }
 
     fn pause(&self) {
-        self.pause();
+        VcpuThread::pause(self);
     }
 }
 
 /// The vCPU threads, by their number.
-pub(super) struct Vcpus<T = VcpuThread> {
+pub(super) struct Vcpus<T = Arc<VcpuThread>> {
     threads: Vec<T>,
     /// None when they are always the same.
     registers: Option<Arc<VcpuRegisters>>,
@@ -117,7 +117,7 @@ impl Vcpus {
                 end.saturating_duration_since(Instant::now())
             })
         };
-        let late = |thread: &VcpuThread| !thread.wait_until_paused(left());
+        let late = |thread: &Arc<VcpuThread>| !thread.wait_until_paused(left());
         match self.threads.iter().position(late) {
             Some(id) => Err(id),
             None => Ok(()),

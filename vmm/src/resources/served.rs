@@ -221,10 +221,13 @@ impl Served {
         connected.map(UnixStream::from)
     }
 
-    /// Where a vsock device listens, before the start and after it. What was handed over or comes from the broker is
-    /// non-blocking.
-    pub(super) fn listener(&mut self, path: &str) -> Result<Arc<UnixListener>, Error> {
-        let what = "vsock";
+    /// Where a vsock device or a debugger's stub listens, before the start and after it. What was handed over or comes
+    /// from the broker is non-blocking.
+    pub(super) fn listener(
+        &mut self,
+        what: &'static str,
+        path: &str,
+    ) -> Result<Arc<UnixListener>, Error> {
         if let Some(listener) = self.listeners.get(path) {
             return Ok(Arc::clone(listener));
         }
@@ -254,7 +257,7 @@ impl Served {
     /// When nobody can listen there.
     pub fn vsock_later(&mut self, path: &str) -> Result<VsockSockets, Error> {
         Ok(VsockSockets {
-            listener: self.listener(path)?,
+            listener: self.listener("vsock", path)?,
             broker: self.device_broker(),
         })
     }
@@ -470,7 +473,7 @@ impl Source {
         match self {
             Self::Served(served) => served.vsock_later(path),
             other => Ok(VsockSockets {
-                listener: other.listener(path)?,
+                listener: other.listener("vsock", path)?,
                 broker: None,
             }),
         }

@@ -73,7 +73,9 @@ pub fn main(arguments: &Arguments) -> Result<ExitCode> {
         &packages::EROFS,
         &packages::IPROUTE,
         &packages::EXT4,
+        &packages::GDB,
     ])?;
+    artifacts::build_debugged()?;
     let artifacts = artifacts::build()?;
     let host = Host::look(&artifacts)?;
     let tiers: Vec<Tier> = [Tier::Host, Tier::Kvm, Tier::Linux]

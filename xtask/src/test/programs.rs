@@ -70,6 +70,8 @@ pub fn build() -> Result<Vec<Program>> {
     let output = cargo()
         .args(["test", "--no-run", "--workspace"])
         .args(["--exclude", "casemate-probe"])
+        // The tests beside the code cover it, too; what users get is built without and driven as a whole.
+        .args(["--features", "casemate-vmm/gdb"])
         .arg("--message-format=json-render-diagnostics")
         .stderr(Stdio::inherit())
         .output()

@@ -95,6 +95,7 @@ pub struct MachineConfigUpdate {
     pub track_dirty_pages: Option<bool>,
     pub huge_pages: Option<HugePages>,
     pub pit: Option<bool>,
+    pub gdb_socket_path: Option<String>,
 }
 
 impl MachineConfigUpdate {
@@ -113,6 +114,9 @@ impl MachineConfigUpdate {
         set(&mut machine.pit, self.pit);
         if self.max_vcpu_count.is_some() {
             machine.max_vcpu_count = self.max_vcpu_count;
+        }
+        if self.gdb_socket_path.is_some() {
+            machine.gdb_socket_path.clone_from(&self.gdb_socket_path);
         }
         if let Some(template) = self.cpu_template {
             machine.cpu_template = Some(template).filter(|t| *t != NamedCpuTemplate::None);
