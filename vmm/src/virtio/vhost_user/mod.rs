@@ -7,6 +7,8 @@
 
 mod connection;
 mod kind;
+#[cfg(test)]
+pub(super) mod testing;
 
 use std::io;
 use std::os::fd::{AsRawFd as _, RawFd};
@@ -119,7 +121,10 @@ impl VhostUser {
         Self::with_patience(options, PATIENCE)
     }
 
-    fn with_patience(options: VhostUserOptions, patience: Duration) -> Result<Self, Error> {
+    pub(super) fn with_patience(
+        options: VhostUserOptions,
+        patience: Duration,
+    ) -> Result<Self, Error> {
         let VhostUserOptions { id, socket, kind } = options;
         let mut connection = Connection::new(socket, patience);
         let (features, protocol) = greet(&mut connection, &id)?;

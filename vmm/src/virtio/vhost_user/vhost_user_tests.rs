@@ -1,4 +1,5 @@
 use super::kind::{BLOCK_FEATURES, BLOCK_MQ};
+use super::testing::{Heard, message, reply};
 use super::*;
 use crate::memory::{self, allocate_with};
 use crate::virtio::testing::{Driver, Rig};
@@ -6,7 +7,6 @@ use std::io::{Read as _, Write as _};
 use std::sync::mpsc::{Receiver, Sender, channel};
 
 const SOON: Duration = Duration::from_millis(200);
-const OFFERED: u64 = COMMON_FEATURES | PROTOCOL_FEATURES | BLOCK_FEATURES | 1 << 63;
 
 /// What a back-end is told: the request and its payload.
 type Told = (u32, Vec<u8>);
@@ -19,44 +19,15 @@ fn good(_: u32, reply: Vec<u8>) -> Option<Vec<u8>> {
     Some(reply)
 }
 
-fn message(request: u32, flags: u32, payload: &[u8]) -> Vec<u8> {
-    [
-        &[request, flags, payload.len() as u32]
-            .map(u32::to_le_bytes)
-            .concat()[..],
-        payload,
-    ]
-    .concat()
-}
-
-/// Serves one front-end until it is gone, without ever taking a descriptor.
+/// Serves one front-end until it is gone.
 fn serve(mut socket: UnixStream, manners: Manners, told: &Sender<Told>) -> Option<()> {
     loop {
-        let mut header = [0; 12];
-        socket.read_exact(&mut header).ok()?;
-        let [request, flags, len] =
-            [0, 4, 8].map(|at| u32::from_le_bytes(header[at..at + 4].try_into().unwrap()));
-        let mut payload = vec![0; len as usize];
-        socket.read_exact(&mut payload).ok()?;
-        let number = |number: u64| Some(number.to_le_bytes().to_vec());
-        let answer = match request {
-            1 => number(OFFERED),
-            11 => Some([&payload[..4], &7_u32.to_le_bytes()].concat()),
-            15 => number(MQ | REPLY_ACK | CONFIG | 1 << 62),
-            17 => number(4),
-            24 => {
-                let mut config = payload.clone();
-                config[12..20].copy_from_slice(&1000_u64.to_le_bytes());
-                Some(config)
-            }
-            _ if flags & 8 != 0 => number(0),
-            _ => None,
-        };
-        told.send((request, payload)).ok()?;
+        let heard = Heard::on(&socket)?;
+        let (request, answer) = (heard.request, heard.answer());
+        told.send((request, heard.payload)).ok()?;
         if let Some(answer) = answer {
-            socket
-                .write_all(&manners(request, message(request, 1 | 4, &answer))?)
-                .ok()?;
+            let reply = manners(request, reply(request, &answer))?;
+            socket.write_all(&reply).ok()?;
         }
     }
 }
