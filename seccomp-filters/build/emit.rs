@@ -57,8 +57,11 @@ fn write(out: &mut String, templates: &[Template]) -> std::fmt::Result {
     writeln!(out, "];")
 }
 
-/// `vcpu` as the variant `Vcpu`.
+/// `unjailed-broker` as the variant `UnjailedBroker`.
 fn variant(role: &str) -> String {
-    let (first, rest) = role.split_at(1);
-    first.to_uppercase() + rest
+    let words = role.split('-').map(|word| {
+        let (first, rest) = word.split_at(word.len().min(1));
+        first.to_uppercase() + rest
+    });
+    words.collect()
 }

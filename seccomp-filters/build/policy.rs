@@ -18,8 +18,11 @@ const COMMON: &str = "common";
 struct File {
     /// What runs under this policy.
     about: String,
-    /// A role whose rules these ones come on top of.
-    extends: Option<String>,
+    /// The file whose rules this role has besides its own and the common ones: another role's, or a shared one.
+    over: Option<String>,
+    /// No role of its own.
+    #[serde(default)]
+    shared: bool,
     /// Roles of the threads that this one starts. They inherit its setup filter, which
     /// therefore has to allow all that their own policies do.
     #[serde(default)]
@@ -95,6 +98,7 @@ pub fn load(folder: &Path) -> Result<Vec<Role>, String> {
         .ok_or_else(|| format!("{COMMON}.json is missing"))?;
     files
         .iter()
+        .filter(|(_, file)| !file.shared)
         .map(|(name, file)| {
             role(name, file, &common, &files).map_err(|error| format!("{name}.json: {error}"))
         })
@@ -104,7 +108,8 @@ pub fn load(folder: &Path) -> Result<Vec<Role>, String> {
 /// One file whose rules are understood.
 struct Parsed {
     about: String,
-    extends: Option<String>,
+    over: Option<String>,
+    shared: bool,
     starts: Vec<String>,
     setup: Vec<Rule>,
     sealed: Vec<Rule>,
@@ -123,7 +128,8 @@ impl Parsed {
         };
         Ok(Self {
             about: file.about,
-            extends: file.extends,
+            over: file.over,
+            shared: file.shared,
             starts: file.starts,
             setup: rules(file.setup)?,
             sealed: rules(file.sealed)?,
@@ -170,41 +176,37 @@ fn role(
     common: &Parsed,
     files: &BTreeMap<String, Parsed>,
 ) -> Result<Role, String> {
-    let base = match &file.extends {
-        None => None,
-        Some(base) => Some(
-            files
-                .get(base)
-                .ok_or_else(|| format!("`extends` names `{base}`, which has no policy"))?,
-        ),
-    };
-    // The base's first: what comes on top is rarer.
-    let parts = || base.into_iter().chain([file]);
+    let mut layers = vec![common];
+    if let Some(below) = &file.over {
+        let below = files
+            .get(below)
+            .ok_or_else(|| format!("`over` names `{below}`, which is no file"))?;
+        if below.over.is_some() {
+            return Err("what `over` names is not over another file".into());
+        }
+        layers.push(below);
+    }
+    layers.push(file);
     let mut sealed = Vec::new();
-    for rule in common
-        .sealed
-        .iter()
-        .chain(parts().flat_map(|part| &part.sealed))
-    {
+    for rule in layers.iter().flat_map(|layer| &layer.sealed) {
         add(&mut sealed, rule)?;
     }
     let mut setup = sealed.clone();
     // The threads' rules come before the process's own: a rule costs time on each call that the
     // kernel has to compare with it, and a vCPU's KVM_RUN passes the inherited filter every time.
-    for thread in parts().flat_map(|part| &part.starts) {
+    for thread in layers.iter().flat_map(|layer| &layer.starts) {
         let thread = files
             .get(thread)
             .ok_or_else(|| format!("`starts` names `{thread}`, which has no policy"))?;
+        if thread.over.is_some() {
+            return Err("a role over another file cannot be started as a thread".into());
+        }
         for rule in thread.sealed.iter().chain(&thread.setup) {
             add_shared(&mut setup, rule);
         }
     }
     let mut own = Vec::new();
-    for rule in common
-        .setup
-        .iter()
-        .chain(parts().flat_map(|part| &part.setup))
-    {
+    for rule in layers.iter().flat_map(|layer| &layer.setup) {
         // What several threads of a process share is no repetition within one file.
         add(&mut own, rule)?;
         add_shared(&mut setup, rule);
@@ -225,7 +227,7 @@ fn add(rules: &mut Vec<Rule>, rule: &Rule) -> Result<(), String> {
         let repeated = other.same_call(rule) || unlimited(other) || unlimited(rule);
         if repeated {
             return Err(format!(
-                "{}: repeats or contradicts another rule of the same stage (or of {COMMON}.json)",
+                "{}: repeats or contradicts another rule of the same stage (or of a file below it)",
                 rule.syscall
             ));
         }

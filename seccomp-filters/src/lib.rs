@@ -1,6 +1,7 @@
 //! Seccomp policies: which system calls each role may make, in which stage, and why.
 //!
-//! The policies are `policy/x86_64/*.json`, one file per role over `common.json`. The build
+//! The policies are `policy/x86_64/*.json`, one file per role over `common.json`, and over
+//! `brokers.json` for the two brokers. The build
 //! compiles them to BPF [`Template`]s; [`install()`] fills in what only the running process knows
 //! and enters the filter. What a policy does not allow raises SIGSYS, which
 //! [`install_violation_reporter`] turns into one line on standard error and exit code 159. A call
@@ -37,8 +38,10 @@ pub enum Role {
     Gdb,
     /// The VMM's worker for prefault and snapshot.
     Helper,
-    /// The process beside a VMM that opens and connects for it.
+    /// The jailer's process beside a VMM that opens and connects for it.
     Broker,
+    /// The same beside a VMM without a jail.
+    UnjailedBroker,
     /// The `casemate` process that moves a command's streams.
     Monitor,
     /// A process that unpacks a kernel from one open descriptor to another.
@@ -51,7 +54,7 @@ pub enum Role {
 
 impl Role {
     /// Every role.
-    pub const ALL: [Role; 12] = [
+    pub const ALL: [Role; 13] = [
         Role::Control,
         Role::Debugged,
         Role::Device,
@@ -60,6 +63,7 @@ impl Role {
         Role::Gdb,
         Role::Helper,
         Role::Broker,
+        Role::UnjailedBroker,
         Role::Monitor,
         Role::Unpacker,
         Role::Archive,
@@ -86,6 +90,7 @@ impl Role {
             Role::Gdb => "gdb",
             Role::Helper => "helper",
             Role::Broker => "broker",
+            Role::UnjailedBroker => "unjailed-broker",
             Role::Monitor => "monitor",
             Role::Unpacker => "unpacker",
             Role::Archive => "archive",

@@ -455,7 +455,7 @@ fn messages_never_wait_and_never_raise_sigpipe() {
     let receive = libc::MSG_DONTWAIT as u64;
     let send = (libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL) as u64;
     let receive_descriptors = receive | libc::MSG_CMSG_CLOEXEC as u64;
-    for role in [Role::Device, Role::Broker] {
+    for role in [Role::Device, Role::Broker, Role::UnjailedBroker] {
         let recvmsg = |flags| allows(role, Stage::Sealed, "recvmsg", &[5, 0, flags]);
         let sendmsg = |flags| allows(role, Stage::Sealed, "sendmsg", &[5, 0, flags]);
         assert!(recvmsg(receive_descriptors) && !recvmsg(0));
@@ -474,28 +474,59 @@ fn messages_never_wait_and_never_raise_sigpipe() {
     assert!(sendto(0) && !sendto(0x1000) && !sendto(1 << 32));
 }
 
+const BROKERS: [Role; 2] = [Role::Broker, Role::UnjailedBroker];
+
 #[test]
-fn the_broker_makes_unix_sockets_only() {
+fn a_broker_makes_unix_sockets_only() {
     let kind = (libc::SOCK_STREAM | libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK) as u64;
-    let socket = |family: i32, kind| {
-        allows(
-            Role::Broker,
-            Stage::Sealed,
-            "socket",
-            &[family as u64, kind],
-        )
-    };
-    assert!(socket(libc::AF_UNIX, kind));
-    // A connect that waits for a host program would hold up every other request.
-    assert!(!socket(libc::AF_UNIX, libc::SOCK_STREAM as u64));
-    for family in [
-        libc::AF_INET,
-        libc::AF_INET6,
-        libc::AF_NETLINK,
-        libc::AF_PACKET,
-        libc::AF_VSOCK,
+    for role in BROKERS {
+        let socket = |family: i32, kind| {
+            let args = [family as u64, kind];
+            allows(role, Stage::Sealed, "socket", &args)
+        };
+        assert!(socket(libc::AF_UNIX, kind));
+        // A connect that waits for a host program would hold up every other request.
+        assert!(!socket(libc::AF_UNIX, libc::SOCK_STREAM as u64));
+        for family in [
+            libc::AF_INET,
+            libc::AF_INET6,
+            libc::AF_NETLINK,
+            libc::AF_PACKET,
+            libc::AF_VSOCK,
+        ] {
+            assert!(!socket(family, kind));
+        }
+    }
+}
+
+/// Each of the two has what it alone does, and nothing of the other's.
+#[test]
+fn only_an_unjailed_broker_listens_and_attaches_to_taps() {
+    let both = |name, args: &[u64]| BROKERS.map(|role| allows(role, Stage::Sealed, name, args));
+    let (bind, listen) = (both("bind", &[5, 0, 20]), both("listen", &[5, 128]));
+    assert_eq!([bind, listen], [[false, true]; 2]);
+    // The last makes a tap somebody's.
+    for (request, unjailed) in [
+        (libc::TUNGETIFF, true),
+        (libc::TUNSETIFF, true),
+        (libc::TUNSETVNETHDRSZ, true),
+        (libc::TUNSETOWNER, false),
     ] {
-        assert!(!socket(family, kind));
+        assert_eq!(both("ioctl", &[5, request]), [false, unjailed]);
+    }
+}
+
+#[test]
+fn only_the_jailers_broker_waits_and_forwards_signals() {
+    let both = |name, args: &[u64]| BROKERS.map(|role| allows(role, Stage::Sealed, name, args));
+    assert_eq!(both("wait4", &[7]), [true, false]);
+    for (signal, forwarded) in [
+        (libc::SIGINT, true),
+        (libc::SIGTERM, true),
+        (libc::SIGKILL, false),
+    ] {
+        let send = both("pidfd_send_signal", &[5, signal as u64]);
+        assert_eq!(send, [forwarded, false], "{signal}");
     }
 }
 
@@ -608,5 +639,22 @@ fn calls_have_names() {
 fn filters_fit_the_kernel() {
     for (role, stage) in every_policy() {
         assert!(template(role, stage).instructions.len() <= 4096);
+    }
+}
+
+/// The table in docs/policies.md: a role, who it is, and how many calls it has in each stage.
+#[test]
+fn the_documented_counts_are_true() {
+    let text = include_str!("../../docs/policies.md");
+    for role in Role::ALL {
+        let start = format!("| `{}` |", role.name());
+        let row = text.lines().find(|line| line.starts_with(&start));
+        let row = row.unwrap_or_else(|| panic!("no row for {role:?}"));
+        let counts = row.split('|').skip(3).take(2).map(|cell| {
+            let digits = cell.trim_matches([' ', '(', ')']);
+            digits.parse::<usize>().unwrap()
+        });
+        let expected = Stage::ALL.map(|stage| syscalls(role, stage).len());
+        assert_eq!(counts.collect::<Vec<_>>(), expected, "{role:?}");
     }
 }

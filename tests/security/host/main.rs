@@ -129,15 +129,17 @@ fn landlock_alone_refuses_everything_with_a_name() {
 
 #[test]
 fn a_sealed_broker_does_its_work() {
-    let done = prisoner(&["sealed-broker"]);
-    assert_eq!(done.code, 0, "{done:#?}");
-    done.assert_line("open /images/disk: ok");
-    done.assert_line("connect 7: ok");
-    for refused in [
-        "open /images/../disk: no: ",
-        "open /etc/passwd: no: ",
-        "connect 8: no: ",
-    ] {
-        assert!(done.stdout.contains(refused), "{done:#?}");
+    for role in [Role::Broker, Role::UnjailedBroker] {
+        let done = prisoner(&["sealed-broker", role.name()]);
+        assert_eq!(done.code, 0, "{done:#?}");
+        done.assert_line("open /images/disk: ok");
+        done.assert_line("connect 7: ok");
+        for refused in [
+            "open /images/../disk: no: ",
+            "open /etc/passwd: no: ",
+            "connect 8: no: ",
+        ] {
+            assert!(done.stdout.contains(refused), "{done:#?}");
+        }
     }
 }

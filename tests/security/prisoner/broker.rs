@@ -1,4 +1,4 @@
-//! The real broker under its own filter: what it is there for has to work, all of it.
+//! The real broker under a filter of its own: what it is there for has to work, all of it.
 
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixListener;
@@ -13,8 +13,8 @@ use casemate_seccomp_filters::{Role, Stage, install};
 
 const PATIENCE: Duration = Duration::from_secs(10);
 
-/// Starts a sealed broker, has it open a file, refuse another, connect, and refuse to connect.
-pub fn serve_sealed() -> Result<()> {
+/// Starts a broker sealed as `role`, has it open a file, refuse another, connect, and refuse to connect.
+pub fn serve_sealed(role: Role) -> Result<()> {
     let place = tempfile::tempdir()?;
     std::fs::write(place.path().join("disk"), "disk")?;
     let _listener = UnixListener::bind(place.path().join("v.sock_7"))?;
@@ -32,7 +32,7 @@ pub fn serve_sealed() -> Result<()> {
         }],
         ..BrokerPolicy::default()
     };
-    let mut client = spawn_unjailed(policy, || install(Role::Broker, Stage::Sealed))?;
+    let mut client = spawn_unjailed(policy, || install(role, Stage::Sealed))?;
     let mut ask = |what: &str, op| -> Result<()> {
         match Client::call(&mut client, op, PATIENCE) {
             Ok(_) => println!("{what}: ok"),

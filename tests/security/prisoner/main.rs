@@ -51,8 +51,10 @@ fn run(mut arguments: impl Iterator<Item = String>) -> Result<()> {
             _ => names.push(argument),
         }
     }
-    if names == ["sealed-broker"] {
-        return broker::serve_sealed();
+    if let [what, name] = names.as_slice()
+        && what == "sealed-broker"
+    {
+        return broker::serve_sealed(role(name)?);
     }
     if let Some(("ask", words)) = names
         .split_first()

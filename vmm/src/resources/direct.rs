@@ -120,6 +120,6 @@ pub(super) fn fork_broker(path: &str) -> Result<Client, Error> {
         }],
         ..BrokerPolicy::default()
     };
-    let seal = || lockdown::enter(Role::Broker, Stage::Sealed);
+    let seal = || lockdown::enter(Role::UnjailedBroker, Stage::Sealed);
     Ok(spawn_unjailed(policy, seal)?)
 }

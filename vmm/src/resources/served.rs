@@ -66,7 +66,7 @@ impl Served {
             listen: Some(listener::make),
             ..BrokerPolicy::default()
         };
-        let seal = || lockdown::enter(Role::Broker, Stage::Sealed);
+        let seal = || lockdown::enter(Role::UnjailedBroker, Stage::Sealed);
         let [ours, devices] = spawn_unjailed_for(policy, seal)?;
         Ok(Self {
             origin: Origin::Direct {
