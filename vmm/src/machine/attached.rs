@@ -230,7 +230,6 @@ impl OnPci {
             });
         }
         let hotplug = Hotplug {
-            bus: self.bus,
             registers: self.registers,
             memory: self.memory,
             sender: self.sender,

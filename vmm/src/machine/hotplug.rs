@@ -11,7 +11,7 @@ use super::devices::DeviceName;
 use crate::event_loop;
 use crate::memory::GuestMemory;
 use crate::metrics::Source;
-use crate::pci::{HotplugRegisters, PciBus};
+use crate::pci::HotplugRegisters;
 use crate::virtio::transport::endpoint::Doorbells;
 use crate::virtio::transport::pci::PciTransport;
 use crate::virtio::transport::pci::msix::MsiSender;
@@ -89,7 +89,6 @@ pub(super) struct Occupant {
 
 /// The slots of the bus, as the control thread has them.
 pub struct Hotplug {
-    pub(super) bus: Arc<PciBus>,
     pub(super) registers: Arc<HotplugRegisters>,
     pub(super) memory: GuestMemory,
     pub(super) sender: Arc<dyn MsiSender>,
@@ -161,8 +160,7 @@ impl Hotplug {
             name: name.clone(),
             index,
         });
-        self.bus.insert(slot.number, transport);
-        self.registers.announce(slot.number);
+        self.registers.insert(slot.number, transport);
         Ok(index)
     }
 

@@ -3,6 +3,7 @@ use crate::bus::BusDevice;
 use crate::devices::AcpiRegisters;
 use crate::ending::EndSignal;
 use crate::memory::layout;
+use crate::pci::PciBus;
 use crate::pci::bus::{BarWindow, Ecam};
 use crate::virtio::DeviceWorker;
 use crate::virtio::testing::{DATA, Driver, memory};
@@ -34,7 +35,6 @@ impl Machine {
         let slots = [(1, 1), (2, QUEUES)];
         let hotplug = Hotplug {
             registers: Arc::new(HotplugRegisters::new(Arc::clone(&bus), acpi).unwrap()),
-            bus: Arc::clone(&bus),
             memory: memory.clone(),
             sender: Arc::new(Silent),
             worker: worker.handle(),

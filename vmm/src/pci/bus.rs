@@ -74,7 +74,7 @@ impl PciBus {
     }
 
     /// Device number `slot`. The lock is not held while it answers.
-    fn function(&self, slot: usize) -> Option<Arc<dyn PciFunction>> {
+    pub(super) fn function(&self, slot: usize) -> Option<Arc<dyn PciFunction>> {
         self.functions().get(slot)?.clone()
     }
 

@@ -18,7 +18,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use vm_superio::Trigger;
 use vmm_sys_util::eventfd::EventFd;
 
-use super::{PciBus, SLOTS};
+use super::{PciBus, PciFunction, SLOTS};
 use crate::bus::BusDevice;
 use crate::devices::Line;
 use crate::devices::acpi::{AcpiRegisters, Event};
@@ -66,16 +66,26 @@ impl HotplugRegisters {
         &self.ejected
     }
 
-    /// Tells the guest that there is a new device in `slot`.
-    pub fn announce(&self, slot: usize) {
-        self.state().added |= bit(slot);
+    /// Puts `function` in `slot`, which is free, and tells the guest.
+    pub fn insert(&self, slot: usize, function: Arc<dyn PciFunction>) {
+        {
+            // Under the lock that lets devices go: what was asked of the slot before is not about this one.
+            let mut state = self.state();
+            state.leaving &= !bit(slot);
+            state.asked &= !bit(slot);
+            state.added |= bit(slot);
+            self.bus.insert(slot, function);
+        }
         self.events.raise(Event::Pci);
     }
 
-    /// Asks the guest to let go the device in `slot`. It may be asked again.
+    /// Asks the guest to let go the device in `slot`, if it has not. It may be asked again.
     pub fn ask(&self, slot: usize) {
         {
             let mut state = self.state();
+            if self.bus.function(slot).is_none() {
+                return;
+            }
             state.leaving |= bit(slot);
             state.asked |= bit(slot);
         }
@@ -96,19 +106,20 @@ impl HotplugRegisters {
 
     fn eject(&self, slots: u32) {
         // Of two vCPUs that let go the same device, one finds it.
-        let granted = {
+        let (granted, functions) = {
             let mut state = self.state();
             let granted = state.asked & slots;
             state.asked &= !granted;
             // What was said of it and not heard is not about the next device in its slot.
             state.added &= !granted;
             state.leaving &= !granted;
-            granted
+            let slots = (0..SLOTS).filter(|slot| granted & bit(*slot) != 0);
+            // None answers any more when the lock is free again.
+            let functions: Vec<_> = slots.filter_map(|slot| self.bus.remove(slot)).collect();
+            (granted, functions)
         };
-        for slot in (0..SLOTS).filter(|slot| granted & bit(*slot) != 0) {
-            if let Some(function) = self.bus.remove(slot) {
-                function.stop();
-            }
+        for function in functions {
+            function.stop();
         }
         if granted != 0 {
             self.state().gone |= granted;
@@ -148,7 +159,6 @@ impl BusDevice for HotplugRegisters {
 mod tests {
     use super::*;
     use crate::ending::EndSignal;
-    use crate::pci::PciFunction;
     use std::sync::atomic::{AtomicUsize, Ordering};
 
     #[derive(Default)]
@@ -183,9 +193,11 @@ mod tests {
 
     #[test]
     fn a_guest_is_told_once() {
-        let (registers, _, acpi) = registers();
-        registers.announce(3);
-        registers.announce(31);
+        let (registers, bus, acpi) = registers();
+        let function = || Arc::<Stopped>::default();
+        bus.insert(1, function());
+        registers.insert(3, function());
+        registers.insert(31, function());
         registers.ask(1);
         assert!(acpi.interrupt().read().is_ok());
         assert_eq!(read(acpi.as_ref(), 4), 1 << 2, "the event");
@@ -231,7 +243,7 @@ mod tests {
         assert!(registers.take_gone().is_empty());
         assert!(bus.remove(2).is_none() && bus.remove(1).is_some());
         // What it has not heard of the one is not about the next.
-        registers.announce(3);
+        registers.insert(3, function);
         registers.ask(3);
         registers.write(8, &(1_u32 << 3).to_le_bytes());
         assert_eq!((read(&registers, 0), read(&registers, 4)), (0, 0));
@@ -239,6 +251,32 @@ mod tests {
         // Nobody there.
         registers.ask(9);
         registers.write(8, &(1_u32 << 9).to_le_bytes());
-        assert_eq!(registers.take_gone(), [9]);
+        assert!(registers.take_gone().is_empty());
+    }
+
+    /// Whoever asks twice, the second time when the guest has let it go and nobody has looked yet.
+    #[test]
+    fn what_was_asked_of_a_device_is_not_asked_of_the_next() {
+        for asked_before_the_first in [false, true] {
+            let (registers, bus, _) = registers();
+            let function = Arc::new(Stopped::default());
+            let slot = 1_u32 << 4;
+            registers.insert(4, Arc::clone(&function) as Arc<dyn PciFunction>);
+            registers.ask(4);
+            if asked_before_the_first {
+                assert_eq!(read(&registers, 4), slot);
+                registers.ask(4);
+            }
+            registers.write(8, &slot.to_le_bytes());
+            registers.ask(4);
+            assert_eq!(read(&registers, 4), 0, "there is nobody to ask");
+            registers.write(8, &slot.to_le_bytes());
+            assert_eq!(registers.take_gone(), [4]);
+            registers.insert(4, Arc::clone(&function) as Arc<dyn PciFunction>);
+            registers.write(8, &slot.to_le_bytes());
+            assert!(registers.take_gone().is_empty() && bus.function(4).is_some());
+            assert_eq!((read(&registers, 0), read(&registers, 4)), (slot, 0));
+            assert_eq!(function.0.load(Ordering::SeqCst), 1, "the first one");
+        }
     }
 }

@@ -110,6 +110,48 @@ fn drives_come_and_go() {
     }
 }
 
+/// The second DELETE finds a device that was asked already, or one that has just gone; whichever it is, it is not about
+/// the next device, which takes the same name and slot as soon as they are free.
+#[test]
+fn a_drive_that_is_asked_twice_to_go_comes_again_and_stays() {
+    for vm in both(|| guest("blk", 3)) {
+        let (mut machine, dir) = start(vm);
+        let plug = |machine: &mut Machine, left: u64| {
+            let sectors = 32 + left;
+            let image = disk(&dir, &format!("image{left}"), sectors);
+            machine.wait_until("the name is free", |machine| {
+                let answer = machine.put("/drives/a", drive("a", &image));
+                if answer.status != 204 {
+                    answer.assert_refused("there is a drive a already");
+                }
+                answer.status == 204
+            });
+            let line = format!("probe: drive a sectors {sectors} ");
+            machine.vm.wait_for_line(&line).unwrap();
+        };
+        for left in [2, 1] {
+            plug(&mut machine, left);
+            machine
+                .ask("DELETE", "/drives/a", Value::Null)
+                .assert_done();
+            let again = machine.ask("DELETE", "/drives/a", Value::Null);
+            if again.status != 204 {
+                again.assert_refused("no drive a");
+            }
+            let line = format!("probe: ejected, {left} to go");
+            machine.vm.wait_for_line(&line).unwrap();
+        }
+        plug(&mut machine, 0);
+        assert_eq!(machine.get("/vm/config")["drives"][0]["drive_id"], "a");
+        machine
+            .ask("DELETE", "/drives/a", Value::Null)
+            .assert_done();
+        let done = machine.vm.wait().unwrap();
+        done.assert_line("probe: hotplug ok");
+        assert_eq!(done.stdout.matches("probe: added 0x2").count(), 3);
+    }
+}
+
 #[test]
 fn what_cannot_come_or_go_is_refused() {
     for vm in both(|| guest("boot", 1)) {
