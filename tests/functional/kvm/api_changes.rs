@@ -91,3 +91,54 @@ fn every_device_takes_its_changes() {
     }
     machine.kill();
 }
+
+/// Whoever still has the file open, the lock is not this machine's any more: another one writes to it. What the
+/// machine has by another drive is not given to it twice.
+#[test]
+fn a_replaced_image_is_free_for_another_machine() {
+    for jailed in [false, true] {
+        for engine in ["Sync", "Async"] {
+            let vm = Vm::probe("probe.task=spin");
+            let [first, second, other] = ["first", "second", "other"].map(|name| vm.path(name));
+            for path in [&first, &second, &other] {
+                pattern_disk(path, 64).unwrap();
+            }
+            let mut vm = vm
+                .drive("a", &first, false)
+                .set("/drives/0/io_engine", json!(engine))
+                .drive("b", &other, false)
+                .may_open(&second);
+            if !jailed {
+                vm = vm.unjailed();
+            }
+            let config = vm.config().clone();
+            let mut machine = Machine::new(vm);
+            machine.describe(&config);
+            for (name, at) in [("a", 0), ("b", 1)] {
+                let body = config["drives"][at].clone();
+                machine.put(&format!("/drives/{name}"), body).assert_done();
+            }
+            machine.start();
+            machine.vm.wait_for_line("probe: spin").unwrap();
+            let write = |path| {
+                let vm = Vm::probe("probe.task=blk probe.write=1").drive("a", path, false);
+                vm.run().unwrap()
+            };
+            for (path, free) in [(&second, &first), (&first, &second)] {
+                let to = |path| json!({ "drive_id": "a", "path_on_host": path });
+                machine.patch("/drives/a", to(path)).assert_done();
+                machine
+                    .patch("/drives/a", to(&other))
+                    .assert_refused("used twice");
+                write(free).assert_line("probe: blk ok");
+                for used in [path, &other] {
+                    assert!(
+                        write(used).stderr.contains("another machine uses"),
+                        "{jailed} {engine}"
+                    );
+                }
+            }
+            machine.kill();
+        }
+    }
+}

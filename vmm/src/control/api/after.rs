@@ -10,7 +10,7 @@ use serde_json::json;
 use super::action::{Action, DriveUpdate, NetworkInterfaceUpdate, PmemUpdate};
 use super::plug::NewDevice;
 use super::{Desk, Fault, Reply, counting};
-use crate::config::RateLimiter;
+use crate::config::{Drive, RateLimiter};
 use crate::machine::RunningMachine;
 use crate::machine::devices::DeviceName;
 use crate::metrics::Reporter;
@@ -110,17 +110,22 @@ impl Desk {
         update: DriveUpdate,
     ) -> Result<(), Fault> {
         let name = DeviceName::Drive(update.drive_id.clone());
-        let drives = self.config.drives.iter_mut();
-        let found = drives.filter(|drive| drive.drive_id == update.drive_id);
-        let drive = found
-            .last()
-            .ok_or_else(|| Fault::NoDevice(name.to_string()))?;
+        let is_it = |drive: &Drive| drive.drive_id == update.drive_id;
+        let found = self.config.drives.iter().rposition(is_it);
+        let mut next = self.config.clone();
+        let drive = found.and_then(|at| next.drives.get_mut(at));
+        let drive = drive.ok_or_else(|| Fault::NoDevice(name.to_string()))?;
         if let Some(path) = update.path_on_host {
             let write = !drive.is_read_only;
+            drive.path_on_host = Some(path.clone());
+            // The lock is no help: what was handed over is one open file, and has one lock.
+            next.check_devices()?;
             let file = self.source.file_later("drive", &path, write)?;
             ask(machine, &name, Update::File(file))?;
-            drive.path_on_host = Some(path);
+            self.config = next;
         }
+        let drive = found.and_then(|at| self.config.drives.get_mut(at));
+        let drive = drive.ok_or_else(|| Fault::NoDevice(name.to_string()))?;
         if let Some(limiter) = update.rate_limiter {
             ask(machine, &name, Update::Limits(limiter.into()))?;
             merge(&mut drive.rate_limiter, limiter);

@@ -4,7 +4,7 @@ use std::fs::File;
 use std::io::{self, Seek as _, SeekFrom};
 use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _};
 
-use log::warn;
+use log::{debug, warn};
 
 use super::lock::{self, Lock};
 use super::{Error, SECTOR, discard};
@@ -94,5 +94,14 @@ impl Image {
             lock::take(old, read_only).map_err(again)?;
         }
         taken
+    }
+}
+
+/// Ends the lock of `gone`, and sees to that of `kept`: they may be one open file. Closing it would not do: the
+/// jailer's broker has the same open file.
+pub fn give_back(id: &str, gone: &File, kept: &File, read_only: bool) {
+    let done = lock::release(gone).and_then(|()| lock::take(kept, read_only).map(drop));
+    if let Err(error) = done {
+        debug!("drive {id}: the lock of an image that it has no more stays: {error}");
     }
 }

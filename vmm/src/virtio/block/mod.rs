@@ -242,21 +242,24 @@ impl Block {
         let old = Arc::clone(old);
         let read_only = self.disk.abilities.read_only;
         let image = Image::take_instead(&self.id, &old, file, read_only)?;
-        let file = Arc::new(image.file);
+        let new = Arc::new(image.file);
         self.drain();
         if let Some(ring) = &mut self.ring {
             if let Some((_, io)) = &self.running {
                 ring.start(io.memory.clone());
             }
-            let replaced = ring.replace(Arc::clone(&file));
-            replaced.map_err(|source| Error::Ring {
-                id: self.id.clone(),
-                source,
-            })?;
+            if let Err(source) = ring.replace(Arc::clone(&new)) {
+                image::give_back(&self.id, &new, &old, read_only);
+                return Err(Error::Ring {
+                    id: self.id.clone(),
+                    source,
+                });
+            }
         }
+        image::give_back(&self.id, &old, &new, read_only);
         let abilities = &mut self.disk.abilities;
         abilities.discard = self.discard && image.can_discard;
-        self.disk.store = Store::File(file);
+        self.disk.store = Store::File(new);
         if abilities.sectors != image.sectors {
             abilities.sectors = image.sectors;
             self.config.set(0, &image.sectors.to_le_bytes());
