@@ -18,8 +18,18 @@ const RANGE: UidRange = UidRange {
     last: 4_000_000_001,
 };
 
+// Another one, for the test that has processes: the tests beside it must not see its numbers taken.
+const RANGE_WITH_PROCESSES: UidRange = UidRange {
+    first: 4_000_000_002,
+    last: 4_000_000_003,
+};
+
 fn create(places: &Places, id: &str) -> Result<Machine, Error> {
-    Machine::create(places, &id.parse().unwrap(), RANGE, Traits::default())
+    create_in(RANGE, places, id)
+}
+
+fn create_in(range: UidRange, places: &Places, id: &str) -> Result<Machine, Error> {
+    Machine::create(places, &id.parse().unwrap(), range, Traits::default())
 }
 
 #[test]
@@ -77,7 +87,7 @@ fn what_a_killed_owner_left_is_collected() {
 fn a_number_that_is_anothers_is_neither_killed_for_nor_given_back() {
     use std::os::unix::process::CommandExt;
     let (_guard, places) = places();
-    let one = create(&places, "one").unwrap();
+    let one = create_in(RANGE_WITH_PROCESSES, &places, "one").unwrap();
     let stale = places.machine("stale");
     fs::create_dir(&stale).unwrap();
     // Its number was given back and is `one`'s now.

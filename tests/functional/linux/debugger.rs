@@ -7,6 +7,10 @@ use serde_json::json;
 
 use crate::guest::linux;
 
+/// Where a thread is. A step of a repeated instruction (`rep stos`) leaves `$pc` and takes one off `$rcx`.
+const NOTE: &str = "set $before = $pc + $rcx";
+const MOVED: &str = "$pc + $rcx != $before";
+
 #[test]
 fn gdb_stops_a_kernel_on_two_cpus_and_lets_it_go() {
     let script = "
@@ -34,13 +38,13 @@ count a & count b";
     let said = Gdb::connect(&socket)
         .then("info threads")
         .then(&format!("x/s {banner}"))
-        .then("set $before = $pc")
+        .then(NOTE)
         .then("stepi")
-        .then("printf \"moved: %d\\n\", $pc != $before")
+        .then(&format!("printf \"moved: %d\\n\", {MOVED}"))
         .then("thread 2")
-        .then("set $before = $pc")
+        .then(NOTE)
         .then("stepi")
-        .then("printf \"so did the other: %d\\n\", $pc != $before")
+        .then(&format!("printf \"so did the other: %d\\n\", {MOVED}"))
         .then("detach")
         .run();
     for words in [
