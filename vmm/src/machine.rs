@@ -84,6 +84,8 @@ pub struct Panel {
     pub console: Option<ConsolePanel>,
     /// The power button.
     pub acpi: Arc<AcpiRegisters>,
+    /// The keyboard.
+    pub i8042: Arc<I8042>,
     /// Adds and removes vCPUs, where that is possible.
     pub vcpus: Option<Arc<VcpuRegisters>>,
     /// Tells the guest that it is another machine than before.
@@ -98,6 +100,15 @@ pub struct Panel {
     pub ends: Arc<EndSignal>,
     /// What the machine counts.
     pub metrics: Vec<Source>,
+}
+
+impl Panel {
+    /// Asks the guest to end: by Ctrl+Alt+Del, or by the power button where the guest has no driver for a keyboard.
+    pub fn press_ctrl_alt_del(&self) {
+        if !self.i8042.press_ctrl_alt_del() {
+            self.acpi.press_power_button();
+        }
+    }
 }
 
 /// A machine with its threads, sealed and paused.
@@ -234,12 +245,13 @@ pub fn build(config: &Config, resources: Resources, options: Options) -> Result<
         first.set_entry(&entry)?;
     }
 
-    let buses = Arc::new(buses(&mut panel, &devices, options)?);
+    let buses = Arc::new(buses(&panel, &devices, options)?);
     panel
         .metrics
         .push(Source::new("vcpu", buses.metrics.clone()));
     vm.register_irqfd(panel.serial.interrupt(), layout::COM1_GSI)?;
     vm.register_irqfd(panel.acpi.interrupt(), layout::GED_GSI)?;
+    vm.register_irqfd(panel.i8042.interrupt(), layout::I8042_GSI)?;
     devices.bind_interrupts(&vm)?;
     // Last: from the first one on, changing a memslot waits for milliseconds.
     devices.bind_doorbells(&vm)?;
@@ -293,7 +305,11 @@ fn panel(
         limit: limit.map(Into::into),
     });
     let serial = Arc::new(serial.map_err(host("make the serial port"))?);
-    let metrics = vec![Source::new("uart", serial.metrics())];
+    let i8042 = I8042::new(Arc::clone(&ends)).map_err(host("make an eventfd"))?;
+    let metrics = vec![
+        Source::new("uart", serial.metrics()),
+        Source::new("i8042", i8042.metrics()),
+    ];
     let console = config.console.as_ref().map(|_| ConsolePanel::new());
     Ok(Panel {
         console: console.transpose()?,
@@ -301,6 +317,7 @@ fn panel(
         generation: Generation::new(memory.clone(), Arc::clone(&acpi))?,
         clock: ClockPage::new(memory.clone(), Arc::clone(&acpi))?,
         acpi,
+        i8042: Arc::new(i8042),
         vcpus: vcpus.transpose()?,
         metadata,
         ends,
@@ -377,15 +394,14 @@ fn describe(config: &Config, devices: &Attached) -> MachineDescription {
     }
 }
 
-fn buses(panel: &mut Panel, devices: &Attached, options: Options) -> Result<Buses, Error> {
+fn buses(panel: &Panel, devices: &Attached, options: Options) -> Result<Buses, Error> {
     let mut ports = Bus::new();
-    let i8042 = Arc::new(I8042::new(Arc::clone(&panel.ends)));
-    panel.metrics.push(Source::new("i8042", i8042.metrics()));
     ports.insert(
         layout::COM1_PORT.into(),
         serial::WINDOW,
         panel.serial.clone(),
     )?;
+    let i8042 = panel.i8042.clone();
     ports.insert(layout::I8042_PORT.into(), i8042::WINDOW, i8042)?;
     let mut mmio = Bus::new();
     mmio.insert(

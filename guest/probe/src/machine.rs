@@ -2,8 +2,10 @@
 
 use core::arch::asm;
 
-const I8042_COMMAND: u16 = 0x64;
-const I8042_RESET: u8 = 0xfe;
+/// Command and status of the keyboard controller.
+pub const I8042_COMMAND: u16 = 0x64;
+/// The command that resets.
+pub const I8042_RESET: u8 = 0xfe;
 /// The sleep control register: `SLP_TYP` 5 and `SLP_EN` (ACPI 6.5, section 4.8.3.7).
 const SLEEP_CONTROL: u64 = 0xc000_0000;
 /// Where a guest says that it has booted: the same address.

@@ -1,6 +1,6 @@
 //! Every way for a VM to end has an exit code of its own.
 
-use casemate_tests::{Vm, exit};
+use casemate_tests::{Machine, Vm, exit};
 use nix::sys::signal::Signal;
 
 #[test]
@@ -38,6 +38,23 @@ fn a_second_signal_ends_a_spinning_guest() {
         vm.signal(Signal::SIGTERM).unwrap();
         let done = vm.wait().unwrap();
         assert_eq!(done.code, exit::ENDED_BY_HOST, "jailed {jailed}: {done:#?}");
+    }
+}
+
+/// The keys for a guest that has a driver for them, the power button for one that has not.
+#[test]
+fn ctrl_alt_del_takes_the_way_that_the_guest_knows() {
+    for task in ["probe.task=keyboard", "probe.task=keyboard probe.keys=1"] {
+        let vm = Vm::probe(task);
+        let config = vm.config().clone();
+        let mut machine = Machine::new(vm);
+        machine.describe(&config);
+        machine.start();
+        machine.vm.wait_for_line("probe: listening").unwrap();
+        machine.act("SendCtrlAltDel").assert_done();
+        let done = machine.vm.wait().unwrap();
+        done.assert_line("probe: keyboard ok");
+        assert_eq!(done.code, exit::GUEST_RESET, "{task}: {done:#?}");
     }
 }
 

@@ -2,10 +2,12 @@
 
 use std::time::{Duration, Instant};
 
-use casemate_tests::Casemate;
+use casemate_tests::{Casemate, Machine, exit};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::Value;
+
+use crate::guest::linux;
 
 #[test]
 fn a_command_that_does_not_exist() {
@@ -111,6 +113,30 @@ fn the_power_button_ends_the_command() {
         "{done:#?}"
     );
     casemate.assert_clean();
+}
+
+/// The kernel alone resets; where user space wants to be asked (`systemd` does), process 1 gets a signal.
+#[test]
+fn ctrl_alt_del_reaches_the_kernel_and_process_1() {
+    let script = "
+cd /proc/sys/kernel; echo 0 > ctrl-alt-del
+trap 'echo asked; echo 1 > ctrl-alt-del; echo \"or not\"' INT
+until grep 'Name=\"AT .* keyboard' /proc/bus/input/devices; do usleep 100000; done
+dmesg | grep -i -e i8042 -e atkbd
+echo listening
+while :; do usleep 100000; done";
+    let vm = linux("reboot=k", &[], script, &[]);
+    let config = vm.config().clone();
+    let mut machine = Machine::new(vm);
+    machine.describe(&config);
+    machine.start();
+    for words in ["listening", "or not"] {
+        machine.vm.wait_for_line(words).unwrap();
+        machine.act("SendCtrlAltDel").assert_done();
+    }
+    let done = machine.vm.wait().unwrap();
+    assert_eq!(done.code, exit::GUEST_RESET, "{done:#?}");
+    assert!(done.stdout.contains("asked"), "{done:#?}");
 }
 
 /// A command that ignores the request to end: after the grace time the power button, which init answers by killing it

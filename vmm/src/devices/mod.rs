@@ -5,6 +5,7 @@ pub mod boot_timer;
 pub mod clock;
 pub mod generation;
 pub mod i8042;
+mod keyboard;
 pub mod serial;
 pub mod vcpus;
 

@@ -6,6 +6,7 @@ mod console;
 mod cpuid;
 mod fs;
 mod hotplug;
+mod keyboard;
 mod mem;
 mod net;
 mod pit;
@@ -45,6 +46,7 @@ pub fn run(name: &str, cmdline: &Cmdline) -> Result<(), Failure> {
         "vsock-connect" => vsock::connect(cmdline),
         "vsock-many" => vsock::many(cmdline),
         "hotplug" => hotplug::run(cmdline),
+        "keyboard" => keyboard::run(cmdline),
         "mem" => mem::run(cmdline),
         "net" => net::run(cmdline),
         "pmem" => pmem::run(cmdline),

@@ -56,7 +56,7 @@ impl Desk {
                 }
                 metrics.flush().map_err(Fault::Metrics)?;
             }
-            Action::SendCtrlAltDel => machine.panel.acpi.press_power_button(),
+            Action::SendCtrlAltDel => machine.panel.press_ctrl_alt_del(),
             Action::Balloon(action) => return self.balloon(machine, action),
             Action::MemoryHotplug(action) => return self.memory(machine, action),
             Action::Mmds(action) => return self.metadata(action),
