@@ -29,7 +29,7 @@ pub use disk::{pattern_disk, pattern_word};
 pub use gdb::Gdb;
 pub use kernels::broken_kernels;
 pub use machine::Machine;
-pub use net_back_end::NetBackEnd;
+pub use net_back_end::{NetBackEnd, neighbour};
 pub use netns::{Netns, wait_until_running};
 pub use placement::{cpus_of_thread, memory_nodes};
 pub use process::{Finished, Running, resident_mib};

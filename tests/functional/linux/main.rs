@@ -14,4 +14,5 @@ mod memory;
 mod numa;
 mod streams;
 mod vcpus;
+mod vhost_user;
 mod vmm;
