@@ -103,7 +103,7 @@ fn a_network_card_of_a_back_end_sends_and_receives() {
     for jailed in [false, true] {
         let dir = tempfile::tempdir().unwrap();
         let socket = dir.path().join("socket");
-        let mut next = answers.to_vec().into_iter();
+        let mut next = answers.clone().into_iter();
         let back_end = NetBackEnd::start(&socket, move |_| next.next()).unwrap();
         let card = json!({ "iface_id": "eth0", "guest_mac": "06:00:ac:10:00:02", "mtu": 1500 });
         let machine = probe("probe.task=net probe.count=3");
