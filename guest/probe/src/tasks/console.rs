@@ -34,7 +34,8 @@ pub fn run(cmdline: &Cmdline) -> Result<(), Failure> {
 
     if cmdline.number("probe.resize") == Some(1) {
         device.take_interrupts();
-        serial::line(format_args!("probe: resize me"));
+        // On the console, as the line before: two ways to the same output may cut into each other's lines.
+        transmit.call(&[Buffer::out(b"probe: resize me\n")])?;
         wait_for(|| device.take_interrupts() & CONFIG_CHANGED != 0)?;
         tell_size(&device);
     }
