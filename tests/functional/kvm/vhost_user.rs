@@ -5,6 +5,7 @@ use casemate_tests::{
     NetBackEnd, Share, Vm, exit, pattern_disk, pattern_word, storage_daemon, virtiofsd,
 };
 use serde_json::json;
+use std::os::unix::fs::symlink;
 use std::path::Path;
 
 fn vm(task: &str, socket: &Path) -> Vm {
@@ -78,6 +79,9 @@ fn a_directory_of_virtiofsd_is_looked_into() {
         let (shared, socket) = (dir.path().join("shared"), dir.path().join("socket"));
         std::fs::create_dir(&shared).unwrap();
         std::fs::write(shared.join("hello"), [7; 1234]).unwrap();
+        // The probe finds no way to this one.
+        std::fs::write(dir.path().join("outside"), "secret").unwrap();
+        symlink("..", shared.join("up")).unwrap();
         let _back_end = virtiofsd(&shared, how, &socket).unwrap();
         let fs = json!({ "tag": "host" });
         let mut machine = probe("probe.task=fs").back_end("fs", fs, &socket);

@@ -1,5 +1,5 @@
 //! `fs`: says hello to the file server of a shared directory (FUSE, linux/fuse.h), looks for `hello` in it
-//! and says how large it is; finds that `nothing` is not there.
+//! and says how large it is; finds that `nothing` is not there. Then it asks as no kernel would, for ways out.
 
 use super::Failure;
 use crate::cmdline::Cmdline;
@@ -15,14 +15,19 @@ const INIT: u32 = 26;
 const ROOT: u64 = 1;
 const ENOENT: i32 = -2;
 
-/// Sends one request, with `body` behind its header; the error, and what came behind the answer's header.
-fn call(queue: &mut Queue, opcode: u32, body: &[u8]) -> Result<(i32, [u8; 128]), Failure> {
+/// Sends one request about `node`, with `body` behind its header; the error, and what came behind the answer's header.
+fn call(
+    queue: &mut Queue,
+    opcode: u32,
+    node: u64,
+    body: &[u8],
+) -> Result<(i32, [u8; 128]), Failure> {
     let mut header = [0u8; 40];
     let len = header.len() + body.len();
     header[..4].copy_from_slice(&(len as u32).to_le_bytes());
     header[4..8].copy_from_slice(&opcode.to_le_bytes());
     header[8..16].copy_from_slice(&7u64.to_le_bytes());
-    header[16..24].copy_from_slice(&ROOT.to_le_bytes());
+    header[16..24].copy_from_slice(&node.to_le_bytes());
     let (mut answer, mut rest) = ([0u8; 16], [0u8; 128]);
     queue.call(&[
         Buffer::out(&header),
@@ -59,11 +64,11 @@ pub fn run(cmdline: &Cmdline) -> Result<(), Failure> {
     let mut init = [0u8; 16];
     init[..4].copy_from_slice(&7u32.to_le_bytes());
     init[4..8].copy_from_slice(&31u32.to_le_bytes());
-    let (error, version) = call(&mut queue, INIT, &init)?;
+    let (error, version) = call(&mut queue, INIT, 0, &init)?;
     if error != 0 || version[..4] != 7u32.to_le_bytes() {
         return Err("the file server does not greet");
     }
-    let (error, entry) = call(&mut queue, LOOKUP, b"hello\0")?;
+    let (error, entry) = call(&mut queue, LOOKUP, ROOT, b"hello\0")?;
     if error != 0 {
         return Err("there is no hello");
     }
@@ -75,8 +80,25 @@ pub fn run(cmdline: &Cmdline) -> Result<(), Failure> {
         "probe: fs {text} hello {}",
         u32::from_le_bytes([s0, s1, s2, s3])
     ));
-    match call(&mut queue, LOOKUP, b"nothing\0")? {
-        (ENOENT, _) => Ok(()),
-        _ => Err("there is something called nothing"),
+    if call(&mut queue, LOOKUP, ROOT, b"nothing\0")?.0 != ENOENT {
+        return Err("there is something called nothing");
     }
+    stay(&mut queue)
+}
+
+/// That what is outside the directory, a file beside it, is not found: by its path, nor in what `..` and the link `up` lead to.
+fn stay(queue: &mut Queue) -> Result<(), Failure> {
+    for path in [&b"../outside\0"[..], b"up/outside\0", b"/outside\0"] {
+        if call(queue, LOOKUP, ROOT, path)?.0 == 0 {
+            return Err("the file server follows a path");
+        }
+    }
+    for parent in [&b"..\0"[..], b"up\0"] {
+        let (error, entry) = call(queue, LOOKUP, ROOT, parent)?;
+        let node = u64::from_le_bytes(*entry.first_chunk().ok_or("node")?);
+        if error == 0 && call(queue, LOOKUP, node, b"outside\0")?.0 == 0 {
+            return Err("the file server leaves its directory");
+        }
+    }
+    Ok(())
 }
