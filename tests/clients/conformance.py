@@ -24,25 +24,36 @@ CHECKS = [
     "response_schema_conformance",
     "negative_data_rejection",
 ]
-# What the walk through the examples excuses from being done, and why.
+# What the walk through the examples excuses from being done, before and after the start on each transport, and words of
+# the reason that the machine has to give. What is done nevertheless is excused by mistake.
+NO_SNAPSHOTS = "snapshots is not supported yet"
+NO_BUS = "on a PCI bus only"
 EXCUSED = {
-    "before": {
-        "PUT /snapshot/load": "there are no snapshots yet",
-    },
+    "before": {"PUT /snapshot/load": NO_SNAPSHOTS},
     "after": {
-        "PUT /snapshot/create": "there are no snapshots yet",
-        "PUT /drives/{drive_id}": "it is there already",
-        "PUT /pmem/{id}": "it is there already",
-        "PUT /network-interfaces/{iface_id}": "it is there already",
-        "PUT /vsock": "it is there already",
-        "DELETE /drives/{drive_id}": "without PCI there is no hot-unplug",
-        "DELETE /pmem/{id}": "without PCI there is no hot-unplug",
-        "DELETE /network-interfaces/{iface_id}": "without PCI there is no hot-unplug",
-        "DELETE /vsock": "without PCI there is no hot-unplug",
-        "PATCH /balloon/hinting/start": "the probe has no driver",
-        "PATCH /balloon/hinting/stop": "the probe has no driver",
+        "PUT /snapshot/create": NO_SNAPSHOTS,
+        "PATCH /balloon/hinting/start": "no driver",
+        "PATCH /balloon/hinting/stop": "no driver",
+        "DELETE /drives/{drive_id}": "is the root device",
     },
 }
+EXCUSED_ON = {
+    "mmio": {
+        "PUT /drives/{drive_id}": NO_BUS,
+        "PUT /pmem/{id}": NO_BUS,
+        "PUT /network-interfaces/{iface_id}": NO_BUS,
+        "PUT /vsock": NO_BUS,
+        "DELETE /pmem/{id}": NO_BUS,
+        "DELETE /network-interfaces/{iface_id}": NO_BUS,
+        "DELETE /vsock": NO_BUS,
+    },
+    "pci": {
+        "PUT /drives/{drive_id}": "there is a drive root already",
+        "PUT /network-interfaces/{iface_id}": "there is a network interface eth0 already",
+    },
+}
+# On PCI these come after the start.
+PLUGGED = ["PUT /pmem/{id}", "PUT /vsock"]
 START = "PUT /actions"
 
 
@@ -68,8 +79,8 @@ class Book:
 
 
 class Conformance:
-    def __init__(self, document, url):
-        self.document, self.url = document, url
+    def __init__(self, document, url, transport):
+        self.document, self.url, self.transport = document, url, transport
         self.schema = schemathesis.openapi.from_path(document)
         self.operations = [found.ok() for found in self.schema.get_all_operations()]
         self.session = requests.Session()
@@ -98,6 +109,8 @@ class Conformance:
         for operation in sorted(self.operations, key=lambda operation: methods.index(operation.method)):
             if operation.definition.raw["x-when"] not in (now, "always"):
                 continue
+            if now == "before" and self.transport == "pci" and operation.label in PLUGGED:
+                continue
             for name, body in self.examples(operation).items():
                 if operation.label == START and (name == "start" or now == "before"):
                     continue
@@ -106,10 +119,14 @@ class Conformance:
                 self.must_be_done(operation, body, now)
 
     def must_be_done(self, operation, body, now):
+        excuses = EXCUSED[now] | (EXCUSED_ON[self.transport] if now == "after" else {})
+        excuse = excuses.get(operation.label)
         response = self.ask(operation, body)
-        done = response.status_code < 300
         said = f"{operation.label} {body}: {response.status_code} {response.text}"
-        assert done or operation.label in EXCUSED[now], said
+        if excuse is None:
+            assert response.status_code < 300, said
+        else:
+            assert response.status_code == 400 and excuse in response.json()["fault_message"], said
 
     def start(self):
         operation = next(operation for operation in self.operations if operation.label == START)
@@ -167,12 +184,13 @@ def main():
     parser.add_argument("--document", required=True, help="openapi.yaml")
     parser.add_argument("--socket", required=True, help="of a new VMM; with `--state before`, without a kernel")
     parser.add_argument("--state", choices=["before", "after"], required=True, help="the start")
+    parser.add_argument("--transport", choices=["mmio", "pci"], required=True, help="the VMM's")
     parser.add_argument("--guest-args", default="", help="put before the guest's command line")
     parser.add_argument("--brief", action="store_true", help="the examples only, for a slow machine")
     arguments = parser.parse_args()
 
     book = Book(arguments.state)
-    conformance = Conformance(arguments.document, forward(arguments.socket))
+    conformance = Conformance(arguments.document, forward(arguments.socket), arguments.transport)
     if arguments.state == "after":
         conformance.walk("before", arguments.guest_args)
         conformance.start()
@@ -186,7 +204,7 @@ def main():
     assert end == 0, f"schemathesis found something (exit code {end})"
     state = conformance.session.get(conformance.url + "/").json()["state"]
     assert (state == "Not started") == (arguments.state == "before"), state
-    print(f"conformance {arguments.state} the start ok")
+    print(f"conformance on {arguments.transport} {arguments.state} the start ok")
 
 
 if __name__ == "__main__":

@@ -82,9 +82,12 @@ fn granted(netns: &Netns, kernel: bool) -> Vm {
 }
 
 #[track_caller]
-fn conforms(state: &str) {
+fn conforms(state: &str, transport: &str) {
     let netns = Netns::with_tap(None);
-    let vm = granted(&netns, state == "after");
+    let mut vm = granted(&netns, state == "after");
+    if transport == "pci" {
+        vm = vm.pci();
+    }
     let socket = vm.api_path();
     let place = vm.dir().to_owned();
     let machine = vm.start().unwrap();
@@ -97,24 +100,30 @@ fn conforms(state: &str) {
         .arg("--document")
         .arg(project().join("docs/openapi.yaml"));
     command.arg("--socket").arg(&socket);
-    command.args(["--state", state, "--guest-args", "idle"]);
+    command.args(["--state", state, "--transport", transport]);
+    command.args(["--guest-args", "idle"]);
     if std::env::var_os("CASEMATE_LAB").is_some() {
         // Python, too, is emulated there.
         command.arg("--brief");
     }
-    run(command).assert_line(&format!("conformance {state} the start ok"));
+    run(command).assert_line(&format!("conformance on {transport} {state} the start ok"));
     machine.signal(Signal::SIGTERM).unwrap();
     assert_eq!(machine.wait().unwrap().code, exit::ENDED_BY_HOST);
 }
 
 #[test]
 fn schemathesis_finds_each_answer_as_documented_before_the_start() {
-    conforms("before");
+    conforms("before", "mmio");
 }
 
 #[test]
-fn schemathesis_finds_each_answer_as_documented_after_the_start() {
-    conforms("after");
+fn schemathesis_finds_each_answer_as_documented_after_the_start_on_mmio() {
+    conforms("after", "mmio");
+}
+
+#[test]
+fn schemathesis_finds_each_answer_as_documented_after_the_start_on_pci() {
+    conforms("after", "pci");
 }
 
 /// In namespaces of its own: the SDK makes files in `/var/lib`, taps and nftables rules.
