@@ -121,3 +121,21 @@ fn a_template_that_does_not_fit_is_refused_by_name() {
         .set("/cpu-config", msr)
         .assert_refused(exit::BAD_INPUT, &["0xdead", "cpu-config"]);
 }
+
+/// Leaf 0xb of CPUID: how many threads a core has, and how many the processor.
+#[test]
+fn with_smt_two_vcpus_are_a_core() {
+    for (vcpus, smt, threads) in [(4, false, 1), (4, true, 2), (1, true, 1)] {
+        for (subleaf, count) in [(0, threads), (1, vcpus)] {
+            let task = format!("probe.task=cpuid probe.leaf=11 probe.subleaf={subleaf}");
+            let machine = json!({ "vcpu_count": vcpus, "mem_size_mib": 128, "smt": smt });
+            let vm = Vm::probe(&task).set("/machine-config", machine);
+            let done = vm.run().unwrap();
+            // In EBX, of EAX to EDX.
+            let mut lines = done.stdout.lines();
+            let line = lines.find_map(|line| line.trim().strip_prefix("probe: leaf 0xb "));
+            let word = line.and_then(|line| line.split(' ').nth(1));
+            assert_eq!(word, Some(&*format!("{count:08x}")), "{done:#?}");
+        }
+    }
+}
