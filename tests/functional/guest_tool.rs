@@ -58,7 +58,7 @@ fn serve(port: u32, count: usize) -> Result<()> {
     let listener = vsock()?;
     bind(listener.as_raw_fd(), &VsockAddr::new(ANY, port)).context("bind")?;
     listen(&listener, Backlog::new(128)?)?;
-    println!("serving");
+    println!("serving {port}");
     let mut streams = Vec::new();
     for _ in 0..count {
         let accepted = accept(listener.as_raw_fd())?;

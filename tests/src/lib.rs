@@ -25,7 +25,7 @@ mod vm;
 pub use api::{ApiAnswer, ApiClient};
 pub use back_end::{Share, storage_daemon, virtiofsd};
 pub use casemate_broker::exit;
-pub use disk::{pattern_disk, pattern_word};
+pub use disk::{ext4_image, is_free, pattern_disk, pattern_word};
 pub use gdb::Gdb;
 pub use kernels::broken_kernels;
 pub use machine::Machine;

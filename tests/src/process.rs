@@ -1,7 +1,9 @@
 //! A program under test: its output read as it comes, every wait bounded, and ended when dropped.
 
 use std::io::{BufRead, BufReader, Read, Write};
+use std::os::unix::fs::MetadataExt as _;
 use std::os::unix::process::ExitStatusExt;
+use std::path::Path;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::{Arc, Condvar, Mutex};
 use std::thread::JoinHandle;
@@ -153,6 +155,16 @@ impl Running {
             }
         }
         bail!("no process below {own} has a vCPU")
+    }
+
+    /// Whether the VMM has the file mapped.
+    pub fn has_mapped(&self, path: &Path) -> Result<bool> {
+        let vmm = self.vmm_pid()?;
+        let maps = std::fs::read_to_string(format!("/proc/{vmm}/maps"))?;
+        // By its inode: a jailed process's paths are not ours.
+        let inode = std::fs::metadata(path)?.ino().to_string();
+        let mut inodes = maps.lines().map(|line| line.split_whitespace().nth(4));
+        Ok(inodes.any(|found| found == Some(&inode)))
     }
 
     /// Sends it a signal.

@@ -2,15 +2,12 @@
 //! elsewhere (`memory.rs`): it cannot be together with devices of other processes.
 
 use std::fs::File;
-use std::io::{Read, Write};
-use std::net::Shutdown;
+use std::io::Write;
 use std::os::fd::{AsRawFd, OwnedFd};
-use std::os::unix::fs::PermissionsExt;
-use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::Stdio;
 
-use casemate_tests::{Netns, Running, Share, exit, storage_daemon, virtiofsd};
+use casemate_tests::{Netns, Running, Share, exit, ext4_image, storage_daemon, virtiofsd};
 use nix::pty::openpty;
 use nix::sys::signal::{Signal, kill};
 use nix::sys::socket::{MsgFlags, recv, setsockopt, sockopt};
@@ -19,6 +16,7 @@ use rustix::termios::{Winsize, tcsetwinsize};
 use serde_json::{Value, json};
 
 use crate::guest::{Guest, linux};
+use crate::sockets::{call, callee};
 
 const MIB: usize = 1 << 20;
 const DRIVERS: [&str; 11] = [
@@ -152,7 +150,7 @@ fn every_device(pci: bool) {
     guest.says("check net_tcp");
     drop(servers);
     guest.says("serving");
-    call(&guest.files.vsock_path());
+    call(&guest.files.vsock_path(), 52);
     guest.says("check vsock");
     calls.join().unwrap();
     guest.says("balloon now");
@@ -196,9 +194,9 @@ fn every_device(pci: bool) {
 fn make_files(files: &[PathBuf; 7], shared: &Path) -> Vec<u8> {
     let [root, base, layer, first, second, daemon, pmem] = files;
     // Persistent memory is a file system.
-    file_system(pmem, "16M");
+    ext4_image(pmem, "16M", "root of it").unwrap();
     // The root is the first partition, of 8 MiB, on a disk of 12.
-    file_system(root, "8M");
+    ext4_image(root, "8M", "root of it").unwrap();
     let mut disk = vec![0; MIB];
     disk[440..444].copy_from_slice(&0xca5e_3a7e_u32.to_le_bytes());
     disk[450] = 0x83;
@@ -225,55 +223,6 @@ fn make_files(files: &[PathBuf; 7], shared: &Path) -> Vec<u8> {
     std::fs::create_dir(shared).unwrap();
     std::fs::write(shared.join("hello"), "hi").unwrap();
     base_before
-}
-
-/// An ext4 image with a file in it.
-fn file_system(to: &Path, size: &str) {
-    let content = tempfile::tempdir().unwrap();
-    std::fs::write(content.path().join("hello"), "root of it").unwrap();
-    let mut command = Command::new("/sbin/mkfs.ext4");
-    command.args(["-q", "-b", "4096", "-O", "^has_journal", "-d"]);
-    let made = command.arg(content.path()).arg(to).arg(size).output();
-    let made = made.expect("mkfs.ext4 (package e2fsprogs)");
-    assert!(made.status.success(), "{made:?}");
-}
-
-/// Twenty connections to the guest's server at once; on each what is said comes back, and its length when no more is.
-fn call(path: &Path) {
-    let streams: Vec<UnixStream> = (0..20)
-        .map(|_| {
-            let mut stream = UnixStream::connect(path).unwrap();
-            writeln!(stream, "CONNECT 52").unwrap();
-            let mut answer = [0];
-            while answer != *b"\n" {
-                stream.read_exact(&mut answer).unwrap();
-            }
-            stream
-        })
-        .collect();
-    for (number, mut stream) in streams.into_iter().enumerate() {
-        let said = "x".repeat(number * 100);
-        stream.write_all(said.as_bytes()).unwrap();
-        stream.shutdown(Shutdown::Write).unwrap();
-        let mut back = String::new();
-        stream.read_to_string(&mut back).unwrap();
-        assert_eq!(back, format!("{said}{}", said.len()));
-    }
-}
-
-/// Serves the guest's calls: what is said on each comes back when no more is.
-fn callee(vsock: &Path) -> std::thread::JoinHandle<()> {
-    let path = format!("{}_1024", vsock.display());
-    let listener = UnixListener::bind(&path).unwrap();
-    std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o666)).unwrap();
-    std::thread::spawn(move || {
-        let streams: Vec<UnixStream> = (0..20).map(|_| listener.accept().unwrap().0).collect();
-        for mut stream in streams {
-            let mut said = Vec::new();
-            stream.read_to_end(&mut said).unwrap();
-            stream.write_all(&said).unwrap();
-        }
-    })
 }
 
 fn change_balloon(guest: &mut Guest) {

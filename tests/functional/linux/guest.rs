@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use casemate_tests::{ApiAnswer, ApiClient, Running, Vm, kernel_file, modules};
+use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
 use crate::vmm::busybox_initrd;
@@ -96,5 +97,10 @@ impl Guest {
             assert!(start.elapsed().as_secs() < 120, "{path}: {found}");
             std::thread::sleep(std::time::Duration::from_millis(200));
         }
+    }
+    /// Ends a guest that does not by itself.
+    pub fn kill(self) {
+        self.vm.signal(Signal::SIGKILL).unwrap();
+        self.vm.wait().unwrap();
     }
 }

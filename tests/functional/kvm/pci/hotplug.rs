@@ -1,16 +1,14 @@
 //! Devices that come and go while the guest runs: by requests, and the guest is told by ACPI.
 
-use std::fs::{File, Permissions};
+use std::fs::Permissions;
 use std::io::{Read as _, Write as _};
 use std::net::Shutdown;
 use std::os::fd::AsRawFd as _;
-use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
+use std::os::unix::fs::PermissionsExt as _;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 
-use casemate_tests::{Machine, Netns, Vm, exit, pattern_disk};
-use nix::fcntl::{FcntlArg, fcntl};
-use nix::libc;
+use casemate_tests::{Machine, Netns, Vm, exit, is_free, pattern_disk};
 use nix::sys::socket::{MsgFlags, send};
 use serde_json::{Value, json};
 
@@ -55,20 +53,6 @@ fn drive(id: &str, path: &Path) -> Value {
     json!({"drive_id": id, "path_on_host": path, "is_root_device": false})
 }
 
-/// Whether nobody has locked the file.
-fn is_free(path: &Path) -> bool {
-    let file = File::options().read(true).write(true).open(path).unwrap();
-    let mut lock = libc::flock {
-        l_type: libc::F_WRLCK as i16,
-        l_whence: libc::SEEK_SET as i16,
-        l_start: 0,
-        l_len: 0,
-        l_pid: 0,
-    };
-    fcntl(&file, FcntlArg::F_OFD_GETLK(&mut lock)).unwrap();
-    lock.l_type == libc::F_UNLCK as i16
-}
-
 /// Removes a device, and waits until the guest has let it go, with `left` more to go, and the config says so.
 fn remove(machine: &mut Machine, path: &str, section: &str, left: u32) {
     machine.ask("DELETE", path, Value::Null).assert_done();
@@ -93,7 +77,7 @@ fn drives_come_and_go() {
             machine.put(&path, drive(name, &image)).assert_done();
             let line = format!("probe: drive {name} sectors {} read-only false", 32 * round);
             machine.vm.wait_for_line(&line).unwrap();
-            assert!(!is_free(&image));
+            assert!(!is_free(&image).unwrap());
             machine
                 .put(&path, drive(name, &image))
                 .assert_refused("there is a drive");
@@ -102,7 +86,7 @@ fn drives_come_and_go() {
                 break;
             }
             remove(&mut machine, &path, "drives", 3 - round as u32);
-            assert!(is_free(&image), "{round}");
+            assert!(is_free(&image).unwrap(), "{round}");
         }
         let done = machine.vm.wait().unwrap();
         done.assert_line("probe: hotplug ok");
@@ -183,7 +167,7 @@ fn what_cannot_come_or_go_is_refused() {
             }
             machine.put("/drives/a", body).assert_refused(words);
             assert_eq!(machine.get("/vm/config"), before, "{words}");
-            assert!(is_free(&image), "{words}");
+            assert!(is_free(&image).unwrap(), "{words}");
         }
         for (path, words) in [
             ("/drives/root", "cannot be removed"),
@@ -276,7 +260,7 @@ fn a_paused_guest_is_told_when_it_runs_on() {
     machine
         .put("/drives/a", drive("a", &image))
         .assert_refused("there is a drive a already");
-    assert!(!is_free(&image));
+    assert!(!is_free(&image).unwrap());
     state(&mut machine, "Resumed");
     let done = machine.vm.wait().unwrap();
     done.assert_line("probe: hotplug ok");
@@ -303,7 +287,7 @@ fn a_hostile_guest_takes_nothing_away_but_its_own_device() {
                 break;
             }
             remove(&mut machine, &path, "drives", 8 - round);
-            assert!(is_free(&image));
+            assert!(is_free(&image).unwrap());
         }
         let done = machine.vm.wait().unwrap();
         done.assert_line("probe: hotplug ok");
@@ -371,25 +355,15 @@ fn a_granted_image_is_free_once_its_drive_is_gone() {
             .vm
             .wait_for_line(&format!("probe: drive {id} sectors 32"))
             .unwrap();
-        assert!(!is_free(&image));
+        assert!(!is_free(&image).unwrap());
         if left == 0 {
             machine.ask("DELETE", &path, Value::Null).assert_done();
         } else {
             remove(&mut machine, &path, "drives", left);
-            assert!(is_free(&image));
+            assert!(is_free(&image).unwrap());
         }
     }
     machine.vm.wait().unwrap().assert_line("probe: hotplug ok");
-}
-
-/// Whether the VMM has the file mapped.
-fn is_mapped(machine: &Machine, path: &Path) -> bool {
-    let vmm = machine.vm.vmm_pid().unwrap();
-    let maps = std::fs::read_to_string(format!("/proc/{vmm}/maps")).unwrap();
-    // By its inode: a jailed process's paths are not ours.
-    let inode = std::fs::metadata(path).unwrap().ino().to_string();
-    let mut inodes = maps.lines().map(|line| line.split_whitespace().nth(4));
-    inodes.any(|found| found == Some(&inode))
 }
 
 #[test]
@@ -407,15 +381,15 @@ fn persistent_memory_comes_and_goes() {
                 // The second is where the first was.
                 let line = "probe: pmem at 0x100000000, 2097152 bytes";
                 machine.vm.wait_for_line(line).unwrap();
-                assert!(!is_free(&file));
-                assert!(is_mapped(&machine, &file), "{read_only} {left}");
+                assert!(!is_free(&file).unwrap());
+                assert!(machine.vm.has_mapped(&file).unwrap(), "{read_only} {left}");
                 machine.put(&path, body).assert_refused("there is a pmem");
                 if left == 0 {
                     machine.ask("DELETE", &path, Value::Null).assert_done();
                 } else {
                     remove(&mut machine, &path, "pmem", left);
-                    assert!(is_free(&file));
-                    assert!(!is_mapped(&machine, &file), "{read_only} {left}");
+                    assert!(is_free(&file).unwrap());
+                    assert!(!machine.vm.has_mapped(&file).unwrap(), "{read_only} {left}");
                 }
             }
             machine.vm.wait().unwrap().assert_line("probe: hotplug ok");
@@ -432,7 +406,7 @@ fn what_is_no_memory_is_refused() {
         for _ in 0..40 {
             let body = json!({"id": "m", "path_on_host": empty});
             machine.put("/pmem/m", body).assert_refused("it is empty");
-            assert!(is_free(&empty));
+            assert!(is_free(&empty).unwrap());
         }
         let body = json!({"id": "m", "path_on_host": "/dev/null"});
         machine.put("/pmem/m", body).assert_refused("/dev/null");
