@@ -4,9 +4,9 @@ use std::os::fd::RawFd;
 
 use casemate_broker::{MachineId, MachineIdError};
 use lexopt::{Arg, Parser, ValueExt};
-use log::LevelFilter;
 use thiserror::Error;
 
+use crate::config::Level;
 use crate::logging;
 
 /// What `--help` prints.
@@ -22,11 +22,12 @@ Runs one microVM. Its first serial port is standard input and output.
   --http-api-max-payload-size N
                       most bytes of a request's body [51200]
   --mmds-size-limit N most bytes of metadata [as --http-api-max-payload-size]
-  --id ID             its name: 1 to 64 letters, digits and hyphens [anonymous]
+  --id ID             its name: 1 to 64 letters, digits and hyphens [anonymous-instance]
   --enable-pci        virtio devices sit on a PCI bus, not in MMIO windows
   --handover-fd N     what the jailer opened (given by the jailer)
   --log-path FILE     append the log to FILE [standard error]
-  --level LEVEL       error, warn, info, debug or trace [warn]
+  --level LEVEL       off, error, warn (or warning), info, debug or trace, in any case
+                      [info to a file, warn to standard error]
   --show-level        show each line's level
   --show-log-origin   show each line's place in the source
   --module MODULES    log this module alone (`virtio::net`), or give modules levels of their own
@@ -215,11 +216,9 @@ where
             }
             Arg::Long("level") => {
                 let option = "--level";
-                let allowed = "error, warn, info, debug or trace";
-                let parsed = value(option, parser.value()?.string()?, allowed, |text| {
-                    text.parse().ok().filter(|level| *level != LevelFilter::Off)
-                })?;
-                set(&mut level, option, parsed)?;
+                let allowed = "off, error, warn, info, debug or trace";
+                let parsed = value(option, parser.value()?.string()?, allowed, Level::named)?;
+                set(&mut level, option, parsed.0)?;
             }
             other => return Err(other.unexpected().into()),
         }
@@ -240,13 +239,13 @@ where
         mmds_size_limit: mmds_size_limit.unwrap_or(max_payload),
         id: match id {
             Some(id) => id,
-            None => "anonymous".parse()?,
+            None => "anonymous-instance".parse()?,
         },
         enable_pci,
         handover_fd,
         log_path,
         logging: logging::Options {
-            level: level.unwrap_or(LevelFilter::Warn),
+            level,
             show_level,
             show_origin,
             filter: module.unwrap_or_default(),
@@ -300,6 +299,7 @@ fn value<T>(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use log::LevelFilter;
 
     fn refused(arguments: &[&str]) -> String {
         let error = parse(arguments).expect_err("should be refused").to_string();
@@ -318,12 +318,14 @@ mod tests {
         assert!(!run.enable_pci);
         assert_eq!(run.config_file.as_deref(), Some("config"));
         assert_eq!(run.api_sock, None);
-        assert_eq!(run.logging.level, LevelFilter::Debug);
+        assert_eq!(run.logging.level, Some(LevelFilter::Debug));
         assert_eq!(parse(["--help"]).unwrap(), Arguments::Help);
         let Arguments::Run(run) = parse(None::<&str>).unwrap() else {
             panic!("not a run");
         };
         assert_eq!(run.api_sock.as_deref(), Some("/run/firecracker.socket"));
+        assert_eq!(run.id.as_str(), "anonymous-instance");
+        assert_eq!(run.logging.level, None);
         assert_eq!(
             (run.config_file, run.max_payload, run.mmds_size_limit),
             (None, 51200, 51200)
@@ -335,6 +337,31 @@ mod tests {
         assert_eq!(run.api_sock.as_deref(), Some("/x"));
         assert_eq!((run.max_payload, run.mmds_size_limit), (7, 8));
         assert_eq!(parse(["--version"]).unwrap(), Arguments::Version);
+    }
+
+    #[test]
+    fn reads_what_other_tools_say() {
+        let arguments = "--metadata m --show-level --show-log-origin --level Warning --start-time-us 1 \
+             --start-time-cpu-us 2 --parent-cpu-time-us 3";
+        let Arguments::Run(run) = parse(arguments.split_whitespace()).unwrap() else {
+            panic!("not a run");
+        };
+        assert_eq!(run.metadata.as_deref(), Some("m"));
+        let logging = &run.logging;
+        assert!(logging.show_level && logging.show_origin);
+        assert_eq!(logging.level, Some(LevelFilter::Warn));
+        let times = StartTimes {
+            start_us: Some(1),
+            start_cpu_us: Some(2),
+            parent_cpu_us: Some(3),
+        };
+        assert_eq!(run.start_times, times);
+        for (name, level) in [("Off", LevelFilter::Off), ("TRACE", LevelFilter::Trace)] {
+            let Arguments::Run(run) = parse(["--level", name]).unwrap() else {
+                panic!("not a run");
+            };
+            assert_eq!(run.logging.level, Some(level));
+        }
     }
 
     #[test]
@@ -354,7 +381,7 @@ mod tests {
             (&["--id", &"x".repeat(300)], "300"),
             (&["--handover-fd", "2"], "--handover-fd"),
             (&["--handover-fd", "x"], "--handover-fd"),
-            (&["--level", "off"], "--level"),
+            (&["--level", "loud"], "--level"),
             (&["--module", "net=loud"], "--module"),
             (&["--start-time-us", "soon"], "--start-time-us"),
             (&["--config-file", "a", "--config-file", "b"], "twice"),

@@ -42,7 +42,11 @@ fn start() -> Result<Option<End>, Error> {
     memory::heap::share_among_threads();
     match arguments::parse(std::env::args_os().skip(1))? {
         Arguments::Help => println!("{}", arguments::HELP),
-        Arguments::Version => println!("casemate-vmm {}", env!("CARGO_PKG_VERSION")),
+        Arguments::Version => {
+            println!("casemate-vmm {}", env!("CARGO_PKG_VERSION"));
+            // What tools look for that decide by it what they can ask for.
+            println!("with the API of Firecracker v{}", api::API_VERSION);
+        }
         Arguments::Run(run) => return self::run(&run).map(Some),
     }
     Ok(None)

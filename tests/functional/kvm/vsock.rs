@@ -8,8 +8,9 @@ use std::path::Path;
 use std::time::Duration;
 
 use super::probe;
-use casemate_tests::{Finished, Running};
+use casemate_tests::{ApiClient, Finished, Running, Vm};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use serde_json::json;
 
 pub fn connect(path: &Path, port: u32) -> (UnixStream, String) {
     let mut stream = UnixStream::connect(path).unwrap();
@@ -218,4 +219,115 @@ fn a_thousand_connections_are_open_at_once() {
     }
     let done = vm.wait().unwrap();
     done.assert_line("probe: vsock-many ok");
+}
+
+/// The machine that `vm` is, and a client of its API.
+fn served(vm: Vm) -> (Running, ApiClient) {
+    let api = vm.api_path();
+    let running = vm.served().start().unwrap();
+    (running, ApiClient::connect(&api).unwrap())
+}
+
+#[track_caller]
+fn set_state(api: &mut ApiClient, state: &str) {
+    let answer = api.ask("PATCH", "/vm", &json!({ "state": state }));
+    answer.unwrap().assert_done();
+}
+
+/// What is said to a paused guest, more than there is room for anywhere, arrives when it runs on; who vanishes meanwhile does no
+/// harm.
+#[test]
+fn a_connection_outlives_a_pause_in_both_directions() {
+    for task in ["vsock", "vsock-connect"] {
+        let vm = probe(&format!("probe.task={task} probe.port=1024")).vsock();
+        let path = vm.vsock_path();
+        let called = format!("{}_1024", path.display());
+        let listener = UnixListener::bind(&called).unwrap();
+        std::fs::set_permissions(&called, std::fs::Permissions::from_mode(0o666)).unwrap();
+        let (running, mut api) = served(vm);
+        let mut stream = if task == "vsock" {
+            running.wait_for_line("probe: listening on 1024").unwrap();
+            connect(&path, 1024).0
+        } else {
+            let mut stream = listener.accept().unwrap().0;
+            stream.read_exact(&mut [0; 5]).unwrap();
+            stream
+        };
+        stream.write_all(b"before").unwrap();
+        stream.read_exact(&mut [0; 6]).unwrap();
+        set_state(&mut api, "Paused");
+        let data = megabyte();
+        let mut writer = stream.try_clone().unwrap();
+        let said = data.clone();
+        let writing = std::thread::spawn(move || {
+            writer.write_all(&said).unwrap();
+            writer.shutdown(Shutdown::Write).unwrap();
+        });
+        for length in 0..10 {
+            let mut vanishing = UnixStream::connect(&path).unwrap();
+            vanishing.write_all(&b"CONNECT 52"[..length]).unwrap();
+        }
+        stream
+            .set_read_timeout(Some(Duration::from_millis(100)))
+            .unwrap();
+        let early = stream.read(&mut [0]);
+        assert!(early.is_err(), "a paused guest answers: {early:?}");
+        assert!(!writing.is_finished(), "a megabyte was taken");
+        set_state(&mut api, "Resumed");
+        stream
+            .set_read_timeout(Some(Duration::from_secs(20)))
+            .unwrap();
+        let mut back = Vec::new();
+        stream.read_to_end(&mut back).unwrap();
+        writing.join().unwrap();
+        let done = running.wait().unwrap();
+        assert!(back == data, "{} bytes: {done:#?}", back.len());
+        done.assert_line(&format!("probe: {task} ok"));
+    }
+}
+
+/// Ends that come during a pause, and connections that are made after it.
+#[test]
+fn connections_end_and_begin_around_a_pause() {
+    const COUNT: usize = 20;
+    let vm = probe(&format!(
+        "probe.task=vsock-many probe.port=52 probe.count={COUNT}"
+    ));
+    let vm = vm.vsock();
+    let path = vm.vsock_path();
+    let called = format!("{}_53", path.display());
+    let listener = UnixListener::bind(&called).unwrap();
+    std::fs::set_permissions(&called, std::fs::Permissions::from_mode(0o666)).unwrap();
+    let (running, mut api) = served(vm);
+    running.wait_for_line("probe: listening on 52").unwrap();
+    let streams: Vec<UnixStream> = (0..COUNT).map(|_| connect(&path, 52).0).collect();
+    running.wait_for_line("probe: all are open").unwrap();
+    set_state(&mut api, "Paused");
+    for (number, mut stream) in streams.iter().enumerate() {
+        write!(stream, "{number}").unwrap();
+        stream.shutdown(Shutdown::Write).unwrap();
+    }
+    set_state(&mut api, "Resumed");
+    for (number, stream) in streams.into_iter().enumerate() {
+        let said = std::io::read_to_string(stream).unwrap();
+        assert_eq!(said, format!("{number}bye"));
+    }
+    let streams: Vec<UnixStream> = (0..COUNT).map(|_| listener.accept().unwrap().0).collect();
+    running.wait_for_line("probe: all are called").unwrap();
+    set_state(&mut api, "Paused");
+    let answers: Vec<_> = streams
+        .into_iter()
+        .map(|mut stream| {
+            std::thread::spawn(move || {
+                let line = std::io::read_to_string(&stream).unwrap();
+                stream.write_all(line.as_bytes()).unwrap();
+                line
+            })
+        })
+        .collect();
+    set_state(&mut api, "Resumed");
+    for answer in answers {
+        assert_eq!(answer.join().unwrap(), "line");
+    }
+    running.wait().unwrap().assert_line("probe: vsock-many ok");
 }

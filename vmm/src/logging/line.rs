@@ -105,7 +105,7 @@ mod tests {
 
     fn line(args: fmt::Arguments<'_>) -> String {
         let options = Options {
-            level: log::LevelFilter::Info,
+            level: Some(log::LevelFilter::Info),
             show_level: true,
             show_origin: true,
             filter: Filter::default(),

@@ -38,8 +38,8 @@ pub const MAX_LINE: usize = 4096;
 /// How the log looks.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Options {
-    /// What is logged.
-    pub level: LevelFilter,
+    /// What is logged. Unless it is said: what went right, too, to a file, and what went wrong alone to standard error.
+    pub level: Option<LevelFilter>,
     /// Whether each line shows its level.
     pub show_level: bool,
     /// Whether each line shows the place in the source.
@@ -74,7 +74,7 @@ struct Settings {
 
 /// Starts the log of machine `id`. Once; a second call changes nothing.
 pub fn start(id: String, options: Options, file: Option<File>) {
-    let level = options.filter.max_level(options.level);
+    let level = options.max_level(file.is_some());
     let logger = LOGGER.get_or_init(|| Logger::new(id, options, file, &METRICS));
     if log::set_logger(logger).is_ok() {
         log::set_max_level(level);
@@ -95,8 +95,7 @@ fn reconfigure(change: impl FnOnce(&mut Options), file: Option<File>) {
     if file.is_some() {
         settings.file = file;
     }
-    let options = &settings.options;
-    log::set_max_level(options.filter.max_level(options.level));
+    log::set_max_level(settings.options.max_level(settings.file.is_some()));
 }
 
 /// Changes what `change` names, and where the log goes if there is a `file`.
@@ -107,7 +106,7 @@ pub fn apply(change: &config::Logger, file: Option<File>) -> Result<(), FilterEr
     let filter = change.module.as_deref().map(str::parse).transpose()?;
     let update = |options: &mut Options| {
         if let Some(level) = change.level {
-            options.level = level.0;
+            options.level = Some(level.0);
         }
         options.show_level = change.show_level.unwrap_or(options.show_level);
         options.show_origin = change.show_log_origin.unwrap_or(options.show_origin);
@@ -122,7 +121,7 @@ pub fn apply(change: &config::Logger, file: Option<File>) -> Result<(), FilterEr
 impl Log for Logger {
     fn enabled(&self, metadata: &Metadata<'_>) -> bool {
         let settings = self.settings.try_read();
-        settings.is_ok_and(|settings| settings.options.allow(metadata))
+        settings.is_ok_and(|settings| settings.allow(metadata))
     }
 
     fn log(&self, record: &Record<'_>) {
@@ -131,7 +130,7 @@ impl Log for Logger {
             self.drop_line();
             return;
         };
-        if !settings.options.allow(record.metadata()) {
+        if !settings.allow(record.metadata()) {
             return;
         }
         match self.limiter.admit(record) {
@@ -161,8 +160,24 @@ fn notice<'a>(record: &Record<'a>, args: std::fmt::Arguments<'a>) -> Record<'a> 
 }
 
 impl Options {
+    /// What is logged, to a file or to standard error.
+    fn level(&self, to_file: bool) -> LevelFilter {
+        self.level.unwrap_or(match to_file {
+            true => LevelFilter::Info,
+            false => LevelFilter::Warn,
+        })
+    }
+
+    fn max_level(&self, to_file: bool) -> LevelFilter {
+        self.filter.max_level(self.level(to_file))
+    }
+}
+
+impl Settings {
     fn allow(&self, metadata: &Metadata<'_>) -> bool {
-        metadata.level() <= self.filter.level_of(metadata.target(), self.level)
+        let options = &self.options;
+        let level = options.level(self.file.is_some());
+        metadata.level() <= options.filter.level_of(metadata.target(), level)
     }
 }
 

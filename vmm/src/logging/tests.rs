@@ -9,7 +9,7 @@ use super::*;
 
 fn options() -> Options {
     Options {
-        level: LevelFilter::Info,
+        level: Some(LevelFilter::Info),
         show_level: false,
         show_origin: false,
         filter: Filter::default(),
@@ -32,6 +32,16 @@ fn log(logger: &Logger, line: u32, text: &str) {
             .line(Some(line))
             .build(),
     );
+}
+
+#[test]
+fn unless_it_is_said_a_file_gets_what_went_right_too() {
+    let mut options = options();
+    options.level = None;
+    assert_eq!(options.max_level(true), LevelFilter::Info);
+    assert_eq!(options.max_level(false), LevelFilter::Warn);
+    options.level = Some(LevelFilter::Off);
+    assert_eq!(options.max_level(true), LevelFilter::Off);
 }
 
 #[test]

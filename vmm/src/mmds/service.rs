@@ -69,7 +69,14 @@ impl Service {
     }
 
     /// Answers a request.
+    ///
+    /// None to who may be fooled into asking for somebody else, a proxy: neither a token (as other services of the kind) nor,
+    /// by a version without tokens, what it would be for.
     pub(super) fn answer(&self, request: &Request<'_>, now: Instant) -> Response {
+        if request.forwarded {
+            let why = "nothing for a request with X-Forwarded-For";
+            return Response::text(StatusCode::BadRequest, why);
+        }
         match (request.method, self.options.version) {
             (Method::Get, Version::V1) => self.show(request),
             (Method::Get, Version::V2) => match request.token {
@@ -115,12 +122,8 @@ impl Service {
         }
     }
 
-    /// Gives a token, but not to who may be fooled into asking for somebody else: a proxy.
     fn make_token(&self, request: &Request<'_>, now: Instant) -> Response {
         let bad = |why: &str| Response::text(StatusCode::BadRequest, why);
-        if request.forwarded {
-            return bad("no token for a request with X-Forwarded-For");
-        }
         let parts = request.path.split('/').filter(|part| !part.is_empty());
         if !parts.eq(TOKEN_PATH) {
             return not_found(request.path);
@@ -244,6 +247,19 @@ pub(super) mod tests {
             ..token_request("60")
         };
         assert_eq!(status(forwarded), StatusCode::BadRequest);
+        for version in [Version::V1, Version::V2] {
+            let service = self::service(version, false);
+            let token = service.tokens.make(60, Instant::now());
+            for (forwarded, expected) in [(false, StatusCode::Ok), (true, StatusCode::BadRequest)] {
+                let get = Request {
+                    forwarded,
+                    token: Some(&token),
+                    ..request(Method::Get, "/")
+                };
+                let answer = service.answer(&get, Instant::now());
+                assert_eq!(answer.status, expected, "{version:?}");
+            }
+        }
         let endless = request(Method::Put, "/latest/api/token");
         assert_eq!(status(endless), StatusCode::BadRequest);
         for (path, expected) in [

@@ -3,7 +3,7 @@
 use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixListener;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use log::{debug, warn};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
@@ -15,6 +15,8 @@ use super::http::{Response, Status};
 pub const MAX_CLIENTS: usize = 16;
 /// Clients accepted in one turn.
 const ACCEPTS: usize = 4;
+/// How long clients wait for a process that has no descriptor left.
+const PATIENCE: Duration = Duration::from_millis(100);
 
 /// Where a client's place begins among an event loop's tokens; the listener's is this one.
 pub const TOKENS: u64 = 1 << 32;
@@ -24,6 +26,8 @@ pub struct Server {
     listener: UnixListener,
     clients: Vec<Option<Client>>,
     max_body: usize,
+    /// The listener is not watched until then: it would wake us for ever, for clients that cannot be accepted.
+    deaf_until: Option<Instant>,
 }
 
 struct Client {
@@ -44,6 +48,7 @@ impl Server {
             listener,
             clients: (0..MAX_CLIENTS).map(|_| None).collect(),
             max_body,
+            deaf_until: None,
         })
     }
 
@@ -90,14 +95,17 @@ impl Server {
     /// When [`Server::expire`] is to be called at the latest.
     pub fn deadline(&self) -> Option<Instant> {
         let clients = self.clients.iter().flatten();
-        clients
-            .filter_map(|client| client.connection.deadline())
-            .min()
+        let deadlines = clients.filter_map(|client| client.connection.deadline());
+        deadlines.chain(self.deaf_until).min()
     }
 
     /// Ends the connections whose time is up.
     pub fn expire(&mut self, epoll: &Epoll) {
         let now = Instant::now();
+        if self.deaf_until.is_some_and(|until| until <= now) {
+            self.deaf_until = None;
+            self.listen_for(EventSet::IN, epoll);
+        }
         for client in self.clients.iter_mut().flatten() {
             client.connection.expire(now);
         }
@@ -112,6 +120,8 @@ impl Server {
                 Err(error) => {
                     // Out of descriptors, say: whoever waits in the listener is asked again.
                     debug!("API: cannot accept a client: {error}");
+                    self.deaf_until = Instant::now().checked_add(PATIENCE);
+                    self.listen_for(EventSet::empty(), epoll);
                     return;
                 }
             };
@@ -135,6 +145,12 @@ impl Server {
                 });
             }
         }
+    }
+
+    fn listen_for(&self, events: EventSet, epoll: &Epoll) {
+        let event = EpollEvent::new(events, TOKENS);
+        // It is watched, so this does not fail.
+        let _ = epoll.ctl(ControlOperation::Modify, self.listener.as_raw_fd(), event);
     }
 
     /// A free place, or that of the client that has been idle longest.

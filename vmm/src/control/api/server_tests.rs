@@ -144,3 +144,29 @@ fn clients_that_are_too_slow_are_let_go() {
     assert_eq!(fixture.server.deadline(), None);
     assert_eq!(client.read(&mut [0]).unwrap(), 0);
 }
+
+/// Without a descriptor for one more client nobody is woken for it again and again, and it is served later.
+#[test]
+fn clients_wait_while_descriptors_are_short() {
+    let name = "control::api::server::tests::clients_wait_while_descriptors_are_short";
+    if !crate::testing::alone(name) {
+        return;
+    }
+    let mut fixture = Fixture::new();
+    let mut client = fixture.client();
+    client.write_all(b"GET /late HTTP/1.1\r\n\r\n").unwrap();
+    let limit = nix::sys::resource::Resource::RLIMIT_NOFILE;
+    let (soft, hard) = nix::sys::resource::getrlimit(limit).unwrap();
+    // The first three are taken, so there is none below this.
+    nix::sys::resource::setrlimit(limit, 3, hard).unwrap();
+    assert!(fixture.turn().is_empty());
+    // Nothing wakes us.
+    let mut events = [EpollEvent::default(); 4];
+    assert_eq!(fixture.epoll.wait(0, &mut events).unwrap(), 0);
+    let due = fixture.server.deadline().unwrap();
+    nix::sys::resource::setrlimit(limit, soft, hard).unwrap();
+    std::thread::sleep(due.saturating_duration_since(Instant::now()));
+    fixture.server.expire(&fixture.epoll);
+    assert_eq!(fixture.turn(), ["/late"]);
+    assert!(read(&mut client).starts_with("HTTP/1.1 204"));
+}
