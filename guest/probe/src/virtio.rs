@@ -1,5 +1,6 @@
 //! Just enough of a virtio driver (virtio 1.2, sections 2 and 3), by polling.
 
+pub mod hostile;
 mod mmio;
 mod pci;
 

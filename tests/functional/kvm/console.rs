@@ -6,7 +6,7 @@ use std::process::Stdio;
 use std::time::{Duration, Instant};
 
 use super::probe;
-use casemate_tests::{exit, pattern_disk, pattern_word};
+use casemate_tests::{exit, pattern_disk, pattern_word, resident_mib};
 use nix::pty::openpty;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -131,5 +131,43 @@ fn a_terminal_is_as_large_in_the_guest() {
         "probe: console ok",
     ] {
         assert!(seen.iter().any(|other| other == line), "{seen:#?}");
+    }
+}
+
+/// Megabytes typed into a guest that never listens: whoever types waits, and nothing grows.
+#[test]
+fn a_guest_that_never_listens_keeps_nothing_of_what_is_typed() {
+    const TYPED: usize = 8 << 20;
+    for with_console in [false, true] {
+        let vm = probe("idle").unjailed();
+        let vm = if with_console { vm.console() } else { vm };
+        let mut command = vm.command().unwrap();
+        command.stdin(Stdio::piped()).stdout(Stdio::piped());
+        let mut child = command.stderr(Stdio::null()).spawn().unwrap();
+        let mut output = BufReader::new(child.stdout.take().unwrap());
+        let mut line = String::new();
+        while !line.contains("probe: idle") {
+            line.clear();
+            assert!(output.read_line(&mut line).unwrap() > 0);
+        }
+        let pid = Pid::from_raw(child.id() as i32);
+        let before = resident_mib(pid).unwrap();
+        let mut keyboard = child.stdin.take().unwrap();
+        let typing = std::thread::spawn(move || keyboard.write_all(&vec![b'x'; TYPED]));
+        std::thread::sleep(Duration::from_millis(500));
+        assert!(!typing.is_finished(), "it was taken");
+        let grown = resident_mib(pid).unwrap() - before;
+        assert!(grown < 2, "{grown} MiB more");
+        // It still does what it is told.
+        kill(pid, Signal::SIGTERM).unwrap();
+        kill(pid, Signal::SIGTERM).unwrap();
+        assert_eq!(
+            child.wait().unwrap().code(),
+            Some(exit::ENDED_BY_HOST.into())
+        );
+        assert!(
+            typing.join().unwrap().is_err(),
+            "nobody was there to take it"
+        );
     }
 }

@@ -14,6 +14,7 @@ mod console;
 mod debugger;
 mod ending;
 mod entropy;
+mod hostile;
 mod machine;
 mod mem;
 mod net;

@@ -5,6 +5,7 @@ mod blk;
 mod console;
 mod cpuid;
 mod fs;
+mod hostile;
 mod hotplug;
 mod keyboard;
 mod mem;
@@ -45,6 +46,7 @@ pub fn run(name: &str, cmdline: &Cmdline) -> Result<(), Failure> {
         "vsock" => vsock::echo(cmdline),
         "vsock-connect" => vsock::connect(cmdline),
         "vsock-many" => vsock::many(cmdline),
+        "hostile" => hostile::run(cmdline),
         "hotplug" => hotplug::run(cmdline),
         "keyboard" => keyboard::run(cmdline),
         "mem" => mem::run(cmdline),

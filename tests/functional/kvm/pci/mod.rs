@@ -12,6 +12,8 @@ mod block;
 mod console;
 #[path = "../entropy.rs"]
 mod entropy;
+#[path = "../hostile.rs"]
+mod hostile;
 mod hotplug;
 #[path = "../mem.rs"]
 mod mem;
