@@ -5,7 +5,7 @@ use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path;
 use std::process::Command;
 
-use casemate_tests::{ApiClient, Finished, Netns, Running, Vm, bin, exit};
+use casemate_tests::{ApiClient, Casemate, Finished, Netns, Running, Vm, bin, exit};
 use nix::sys::signal::Signal;
 
 /// A script of `tests/clients`, to be run by `command` and what follows in it.
@@ -145,4 +145,26 @@ fn firecrackers_python_sdk_configures_starts_pauses_inspects_and_stops_a_machine
     command.arg("--disk").arg(&disk);
     command.arg("--scratch").arg(&scratch);
     run(command).assert_line("sdk ok");
+}
+
+/// What `casemate metrics` makes of a VMM's lines, as Prometheus reads it.
+#[test]
+fn prometheus_reads_the_metrics() {
+    let vm = Vm::probe("probe.task=rng").entropy().unjailed();
+    let dir = tempfile::tempdir().unwrap();
+    let kept = dir.path().join("metrics");
+    let vm = vm.vmm_arg("--metrics-path").vmm_arg(kept.to_str().unwrap());
+    vm.run().unwrap().assert_line("probe: rng ok");
+    let text = Casemate::new().call(&["metrics", kept.to_str().unwrap()]);
+    let text = text.unwrap();
+    assert_eq!(text.code, 0, "{text:#?}");
+    let exposition = dir.path().join("text");
+    std::fs::write(&exposition, text.stdout).unwrap();
+    let mut command = script(Command::new("env"), "exposition.py");
+    command.stdin(std::fs::File::open(exposition).unwrap());
+    let done = command.output().unwrap();
+    let said = String::from_utf8_lossy(&done.stdout);
+    assert!(done.status.success(), "{done:?}");
+    assert!(said.contains("entropy_bytes"), "{said}");
+    println!("{said}");
 }
