@@ -112,18 +112,19 @@ pub const CHAINS: [Chain; 12] = [
         queue.publish(0);
     }),
     odd("a chain over 4 GiB", |queue| {
-        // SAFETY: single-threaded, and the device only reads it.
-        let table = unsafe { &mut *(&raw mut LARGE_TABLE) };
-        for (at, entry) in table.iter_mut().enumerate() {
+        let table = (&raw mut LARGE_TABLE).cast::<Descriptor>();
+        for at in 0..MANY {
             let more = if at + 1 < MANY { DESC_NEXT } else { 0 };
-            *entry = Descriptor {
+            let entry = Descriptor {
                 address: 1 << 20,
                 len: LARGE,
                 flags: more | DESC_WRITE,
                 next: at as u16 + 1,
             };
+            // SAFETY: single-threaded, within the table, and the device only reads it.
+            unsafe { table.add(at).write_volatile(entry) };
         }
-        queue.put(0, table_of(table.as_ptr() as u64, MANY as u32));
+        queue.put(0, table_of(table as u64, MANY as u32));
         queue.publish(0);
     }),
 ];
