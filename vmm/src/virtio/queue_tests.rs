@@ -230,6 +230,45 @@ fn an_indirect_chain_over_the_bound_is_refused_and_one_below_is_not() {
     }
 }
 
+/// A chain of the whole memory, over and over, that holds 4 GiB less `missing` bytes. `direct` of its descriptors lie
+/// in the queue's own table and the others behind them in an indirect one.
+fn of_4_gib_but(missing: u32, direct: u16, flags: u16) -> Driver {
+    const COUNT: u16 = ((1 << 32) / END) as u16;
+    let mut driver = Driver::new(&memory(), 0, 8);
+    for i in 0..direct {
+        driver.describe(i, 0, END as u32, flags | NEXT, i + 1);
+    }
+    let rest = COUNT - direct;
+    driver.describe(direct, DATA, u32::from(rest) * 16, INDIRECT, 0);
+    for i in 0..rest {
+        let last = i + 1 == rest;
+        let len = END as u32 - if last { missing } else { 0 };
+        let next = if last { 0 } else { NEXT };
+        driver.describe_at(DATA, i, 0, len, flags | next, i + 1);
+    }
+    driver.offer(0);
+    driver
+}
+
+#[test]
+fn a_chain_of_4_gib_is_refused_and_one_a_byte_shorter_is_not() {
+    for flags in [0, WRITE] {
+        for direct in [0, 7] {
+            let error = pop(&of_4_gib_but(0, direct, flags)).unwrap_err();
+            let Error::Chain { source, .. } = error else {
+                panic!("{error}");
+            };
+            let segments = chain::MAX_SEGMENTS - 1;
+            assert_eq!(source, chain::Error::Broken { head: 0, segments });
+            let chain = pop(&of_4_gib_but(1, direct, flags)).unwrap().unwrap();
+            let lengths = (chain.readable_len(), chain.writable_len());
+            let all = u64::from(u32::MAX);
+            let expected = if flags == WRITE { (0, all) } else { (all, 0) };
+            assert_eq!(lengths, expected, "{direct}");
+        }
+    }
+}
+
 #[test]
 fn a_head_that_is_no_descriptor_is_refused() {
     for head in [8, 16, 0xffff] {
