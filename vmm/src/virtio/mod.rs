@@ -23,6 +23,8 @@ pub mod vsock;
 pub mod worker;
 
 #[cfg(test)]
+mod hole_tests;
+#[cfg(test)]
 mod long_chain_tests;
 #[cfg(test)]
 mod stress_tests;
