@@ -7,6 +7,8 @@ pub mod mmio;
 pub mod pci;
 
 #[cfg(test)]
+mod order_tests;
+#[cfg(test)]
 pub(crate) mod registers;
 #[cfg(test)]
 pub(crate) mod testing;

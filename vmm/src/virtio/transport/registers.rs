@@ -29,6 +29,8 @@ pub trait Registers: Send + Sync {
     fn accept(&self, page: u32, features: u32);
     /// Gives a queue its size and its three areas, and makes it ready.
     fn set_up_queue(&self, index: u16, size: u16, areas: [u64; 3]);
+    /// Asks for a queue not to be ready.
+    fn disable_queue(&self, index: u16);
     /// Rings a queue.
     fn ring(&self, index: u16);
     /// Offsets worth an odd access.
@@ -91,6 +93,11 @@ impl Registers for Window {
             self.set(offset + 4, (place >> 32) as u32);
         }
         self.set(0x44, 1);
+    }
+
+    fn disable_queue(&self, index: u16) {
+        self.set(0x30, index.into());
+        self.set(0x44, 0);
     }
 
     fn ring(&self, index: u16) {
@@ -200,6 +207,11 @@ impl Registers for Function {
             self.write(offset + 4, &((place >> 32) as u32).to_le_bytes());
         }
         self.write(0x1c, &[1, 0]);
+    }
+
+    fn disable_queue(&self, index: u16) {
+        self.write(0x16, &index.to_le_bytes());
+        self.write(0x1c, &[0, 0]);
     }
 
     fn ring(&self, index: u16) {

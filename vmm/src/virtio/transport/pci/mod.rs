@@ -345,5 +345,7 @@ fn add_structure(
 }
 
 #[cfg(test)]
+mod started_tests;
+#[cfg(test)]
 #[path = "pci_tests.rs"]
 mod tests;
