@@ -18,7 +18,7 @@ fn rig_with(engine: Engine, sectors: u64) -> (Rig<Block>, File) {
 }
 
 /// Lets the device do what its ring reports until `done`.
-fn wait(rig: &mut Rig<Block>, mut done: impl FnMut(&mut Rig<Block>) -> bool) {
+pub(super) fn wait(rig: &mut Rig<Block>, mut done: impl FnMut(&mut Rig<Block>) -> bool) {
     for _ in 0..10_000 {
         if done(rig) {
             return;
@@ -30,7 +30,7 @@ fn wait(rig: &mut Rig<Block>, mut done: impl FnMut(&mut Rig<Block>) -> bool) {
 }
 
 /// Offers a request in `queue` with everything of it at `at` and the data in `data`; its head.
-fn offer(
+pub(super) fn offer(
     rig: &mut Rig<Block>,
     queue: usize,
     at: u64,
@@ -106,6 +106,35 @@ fn every_request_ends_alike() {
     }
 }
 
+#[test]
+fn a_read_only_disk_is_neither_discarded_nor_zeroed() {
+    for engine in ENGINES {
+        let options = options(16);
+        let file = options.file.try_clone().unwrap();
+        let read_only = BlockOptions {
+            engine,
+            read_only: true,
+            ..options
+        };
+        let mut rig = rig(read_only);
+        let features = rig.device.traits().features;
+        assert_eq!(features & (F_DISCARD | F_WRITE_ZEROES), 0);
+        let range = [&2_u64.to_le_bytes()[..], &4_u32.to_le_bytes(), &[0; 4]].concat();
+        rig.drivers[0].put(BUFFER, &range);
+        for kind in [T_DISCARD, T_WRITE_ZEROES] {
+            // As of any request that was not offered.
+            let answer = request(&mut rig, kind, 0, &[(BUFFER, 16, false)]);
+            assert_eq!(answer, (S_UNSUPP, 1), "{engine:?} {kind}");
+        }
+        let read = request(&mut rig, T_IN, 2, &[(BUFFER, 512, true)]);
+        assert_eq!(read, (S_OK, 513));
+        let mut there = [0; 16 * 512];
+        file.read_exact_at(&mut there, 0).unwrap();
+        let as_it_was: Vec<u8> = (0..16).flat_map(|sector| [sector; 512]).collect();
+        assert!(there[..] == as_it_was, "{engine:?}");
+    }
+}
+
 /// fdatasync(2) refuses a pipe: so it shows that it was called, and on which descriptor.
 #[test]
 fn a_flush_is_an_fdatasync() {
@@ -128,7 +157,7 @@ fn a_flush_is_an_fdatasync() {
 }
 
 /// A file whose reads stay in flight: a pipe that nobody writes to, in the place of the disk's file.
-fn stalled(queues: u16, size: u16) -> (Rig<Block>, std::io::PipeWriter) {
+pub(super) fn stalled(queues: u16, size: u16) -> (Rig<Block>, std::io::PipeWriter) {
     let options = BlockOptions {
         queues,
         engine: Engine::Async,

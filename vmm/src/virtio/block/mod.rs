@@ -551,5 +551,7 @@ fn complete(
 #[path = "engine_tests.rs"]
 mod engine_tests;
 #[cfg(test)]
+mod rewrite_tests;
+#[cfg(test)]
 #[path = "block_tests.rs"]
 mod tests;
