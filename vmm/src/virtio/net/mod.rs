@@ -554,5 +554,7 @@ fn send(
 }
 
 #[cfg(test)]
+mod full_tests;
+#[cfg(test)]
 #[path = "net_tests.rs"]
 pub(super) mod tests;

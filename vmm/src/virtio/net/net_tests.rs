@@ -7,11 +7,11 @@ use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
 use std::io::Write as _;
 use std::os::fd::AsRawFd as _;
 
-const RX: u16 = 0;
-const TX: u16 = 1;
+pub(super) const RX: u16 = 0;
+pub(super) const TX: u16 = 1;
 
 /// A card whose tap is one end of a socket that keeps frames apart.
-struct Fake(Net);
+pub(super) struct Fake(pub(super) Net);
 
 impl VirtioDevice for Fake {
     fn traits(&self) -> Traits {
@@ -53,6 +53,18 @@ pub fn fake() -> (impl VirtioDevice + 'static, File) {
     (Fake(card), tap)
 }
 
+/// The same with several pairs of queues. What the control queue asks of such taps, they refuse.
+pub fn fake_with_pairs(count: usize) -> (impl VirtioDevice + 'static, Vec<File>) {
+    let (card, taps) = pairs(count);
+    (Fake(card), taps)
+}
+
+/// The same as [`fake`], leading to a metadata service.
+pub fn fake_with_service() -> (impl VirtioDevice + 'static, File) {
+    let (card, tap) = service();
+    (Fake(card), tap)
+}
+
 fn rig(features: u64, size: u16) -> (Rig<Fake>, File) {
     let (card, tap) = socket();
     (Rig::with(Fake(card), features, size), tap)
@@ -69,7 +81,19 @@ fn socket() -> (Net, File) {
     (card(theirs.into()), ours.into())
 }
 
-fn frame(len: usize, fill: u8) -> Vec<u8> {
+/// A card with so many pairs of queues, and the other ends of its taps.
+pub(super) fn pairs(count: usize) -> (Net, Vec<File>) {
+    let (mut card, first) = socket();
+    let mut peers = vec![first];
+    for _ in 1..count {
+        let (mut other, peer) = socket();
+        card.taps.append(&mut other.taps);
+        peers.push(peer);
+    }
+    (card, peers)
+}
+
+pub(super) fn frame(len: usize, fill: u8) -> Vec<u8> {
     let mut frame = vec![fill; HEADER_LEN + len];
     frame[..HEADER_LEN].fill(0);
     frame
@@ -345,8 +369,8 @@ fn the_control_queue_wants_room_for_its_answer() {
     assert!(control::serve(&chain, &memory, 8, never).is_err());
 }
 
-/// A card that leads to a metadata service, and what a driver makes of it.
-fn with_service() -> (Rig<Fake>, File) {
+/// A card that leads to a metadata service.
+fn service() -> (Net, File) {
     let (mut card, tap) = socket();
     let store = Arc::new(crate::mmds::Store::new(1000));
     let service = crate::mmds::Service::new(crate::mmds::ServiceOptions {
@@ -357,11 +381,17 @@ fn with_service() -> (Rig<Fake>, File) {
     });
     let stack = Stack::new(Arc::new(service.unwrap()), 1500).unwrap();
     card.detour = Some(Detour::new(stack));
+    (card, tap)
+}
+
+/// The same with a driver.
+fn with_service() -> (Rig<Fake>, File) {
+    let (card, tap) = service();
     (Rig::with(Fake(card), F_MRG_RXBUF, 16), tap)
 }
 
 /// An ARP request for an address, behind a header.
-fn who_has(address: [u8; 4]) -> Vec<u8> {
+pub fn who_has(address: [u8; 4]) -> Vec<u8> {
     let sender = [2, 0, 0, 0, 0, 7];
     let arp = [0, 1, 8, 0, 6, 4, 0, 1];
     [
