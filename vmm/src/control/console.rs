@@ -16,6 +16,9 @@ use crate::virtio::console::Size;
 
 /// Bytes read at once: as many as the serial port's FIFO holds.
 const CHUNK: usize = 64;
+/// How often that is done before the rest of the control thread's work gets its turn: a file is always ready, and the
+/// guest may take it as fast as it is read.
+const BUDGET: usize = 1024;
 
 /// The terminal as it was before it became raw.
 static TERMINAL: Mutex<Option<Termios>> = Mutex::new(None);
@@ -49,12 +52,17 @@ impl Input {
     }
 
     /// Moves what there is to whom `offer` offers it, and waits for more in `epoll` once there is room.
-    /// Returns whether the port was in use, so that this is to be called again soon.
+    /// Returns whether this is to be called again soon: the port was in use, or there is very much.
     pub fn pump(&mut self, offer: impl Fn(&[u8]) -> Offer, epoll: &Epoll, data: u64) -> bool {
+        let mut reads = 0;
         loop {
             if self.pending.is_empty() {
                 match self.source {
-                    Source::Always => self.read(epoll),
+                    Source::Always if reads == BUDGET => return true,
+                    Source::Always => {
+                        reads = reads.saturating_add(1);
+                        self.read(epoll);
+                    }
                     Source::Idle => {
                         let event = EpollEvent::new(EventSet::IN, data);
                         self.source = match epoll.ctl(ControlOperation::Add, stdin(), event) {
@@ -143,3 +151,7 @@ pub fn restore_terminal() {
         let _ = tcsetattr(io::stdin(), SetArg::TCSANOW, &before);
     }
 }
+
+#[cfg(test)]
+#[path = "console_tests.rs"]
+mod tests;
