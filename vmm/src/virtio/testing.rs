@@ -16,7 +16,7 @@ pub const WRITE: u16 = 2;
 pub const INDIRECT: u16 = 4;
 
 /// Rings of queue `n` lie at `RINGS + n * 0x4000`; data may lie from `DATA` on.
-const RINGS: u64 = 0x10_0000;
+const RINGS: u64 = 0x08_0000;
 pub const DATA: u64 = 0x20_0000;
 /// Memory ends here.
 pub const END: u64 = 0x40_0000;

@@ -243,7 +243,8 @@ fn more_data_than_a_request_may_have_is_an_error() {
     const PIECE: u32 = 1 << 20;
     let mut rig = Rig::with(rig.device, 0, 128);
     for (pieces, answer) in [(63, (S_OK, 63 * PIECE + 1)), (64, (S_IOERR, 1))] {
-        let data: Vec<_> = (0..pieces).map(|_| (0, PIECE, true)).collect();
+        let place = DATA - u64::from(PIECE);
+        let data = vec![(place, PIECE, true); pieces];
         assert_eq!(request(&mut rig, T_IN, 0, &data), answer);
     }
 }

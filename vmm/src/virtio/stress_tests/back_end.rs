@@ -1,4 +1,4 @@
-//! Back-ends of vhost-user disks: programs that serve the guest's queues themselves.
+//! Back-ends of vhost-user devices: programs that serve the guest's queues themselves.
 
 use std::fs::File;
 use std::io::{Read as _, Write as _};
@@ -21,22 +21,37 @@ use crate::virtio::vhost_user::{Kind, VhostUser, VhostUserOptions};
 /// What a back-end puts in every buffer.
 pub const SERVED: &[u8] = b"far";
 const QUEUES: usize = 2;
-/// The replies by which a device comes about.
-const GREETINGS: u32 = 4;
 /// How long a back-end without faith may keep the device thread waiting.
 const PATIENCE: Duration = Duration::from_millis(20);
 
-/// A disk whose back-end runs on a thread of its own, until the device is gone. One without faith stays silent, lies
+/// What a back-end can be.
+pub fn kinds() -> [Kind; 3] {
+    let queues = QUEUES as u16;
+    let net = Kind::Net {
+        mac: Some([2, 0, 0, 0, 0, 7]),
+        mtu: None,
+    };
+    [Kind::Block { queues }, Kind::Fs { tag: "far".into() }, net]
+}
+
+/// How many replies a device of this kind takes to come about: features of the device and of the protocol, and
+/// those of a disk its queues and its configuration.
+fn greetings(kind: &Kind) -> u32 {
+    match kind {
+        Kind::Block { .. } => 4,
+        Kind::Fs { .. } | Kind::Net { .. } => 2,
+    }
+}
+
+/// A device whose back-end runs on a thread of its own, until the device is gone. One without faith stays silent, lies
 /// or hangs up sooner or later, and signals when it likes. Then the device is lost: no reset brings it back.
-pub fn disk(memory: &GuestMemory, faithless: Option<Random>) -> VhostUser {
+pub fn device(kind: &Kind, memory: &GuestMemory, faithless: Option<Random>) -> VhostUser {
     loop {
         let (socket, theirs) = UnixStream::pair().unwrap();
         let options = VhostUserOptions {
             id: "far".into(),
             socket,
-            kind: Kind::Block {
-                queues: QUEUES as u16,
-            },
+            kind: kind.clone(),
         };
         let patience = match &faithless {
             None => super::PATIENCE,
@@ -47,12 +62,12 @@ pub fn disk(memory: &GuestMemory, faithless: Option<Random>) -> VhostUser {
             memory: memory.clone(),
             event_idx: false,
             rings: std::array::from_fn(|_| Ring::default()),
-            greetings: GREETINGS,
+            greetings: greetings(kind),
             faithless: faithless.clone(),
         };
         spawn(|| back_end.run());
         match VhostUser::with_patience(options, patience) {
-            Ok(disk) => return disk,
+            Ok(device) => return device,
             // So little patience may be too little for a busy host.
             Err(error) => assert!(faithless.is_some(), "{error}"),
         }

@@ -17,8 +17,8 @@ pub struct Host {
     pub random: Random,
     /// Where the socket device listens.
     pub vsock: PathBuf,
-    /// The other end of the card's tap.
-    pub tap: File,
+    /// The other ends of the cards' taps.
+    pub taps: Vec<File>,
     /// What the disk is on.
     pub disk: File,
     /// The console: what is typed, and what it says.
@@ -30,11 +30,17 @@ pub struct Host {
 }
 
 impl Host {
-    pub fn new(vsock: PathBuf, tap: File, disk: File, port: Arc<Port>, said: PipeReader) -> Self {
+    pub fn new(
+        vsock: PathBuf,
+        taps: Vec<File>,
+        disk: File,
+        port: Arc<Port>,
+        said: PipeReader,
+    ) -> Self {
         Self {
             random: Random(3),
             vsock,
-            tap,
+            taps,
             disk,
             port,
             said,
@@ -47,10 +53,11 @@ impl Host {
     pub fn act(&mut self) {
         let random = &mut self.random;
         let mut data = vec![0; 1 << 16];
-        let _ = self
-            .tap
-            .write(&vec![1; random.one(&[13, 72, 1500, 60_000])]);
-        while self.tap.read(&mut data).is_ok_and(|count| count > 0) {}
+        for tap in &mut self.taps {
+            let _ = tap.write(&vec![1; random.one(&[13, 72, 1500, 60_000])]);
+            // Now and then nobody listens, and a tap gets full.
+            while random.below(64) > 0 && tap.read(&mut data).is_ok_and(|count| count > 0) {}
+        }
         if random.below(16) == 0 {
             let len = random.one(&[0, 7 * 512, 63 * 512 + 1, DISK]);
             self.disk.set_len(len).unwrap();
@@ -96,6 +103,15 @@ impl Host {
             if random.below(2) == 0 {
                 let _ = caller.read(data);
             }
+        }
+    }
+
+    /// A frame comes by every tap that has room for it, and so does what was sent.
+    pub fn send_frames(&mut self) {
+        let mut data = vec![0; 1 << 16];
+        for tap in &mut self.taps {
+            let _ = tap.write(&[0; 72]);
+            while tap.read(&mut data).is_ok_and(|count| count > 0) {}
         }
     }
 

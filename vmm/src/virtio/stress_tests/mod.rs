@@ -18,7 +18,7 @@ use std::time::{Duration, Instant};
 use self::back_end::SERVED;
 use self::host::Host;
 use self::vcpu::Vcpu;
-use super::block::{Block, BlockOptions, CacheType, Engine};
+use super::block::{Block, BlockOptions, CacheType, Engine, LayerOptions};
 use super::console::{Console, Output, Port, Size};
 use super::device::VirtioDevice;
 use super::pmem::{Pmem, PmemOptions};
@@ -44,9 +44,15 @@ const BLOCK: usize = 0;
 const ENTROPY: usize = 1;
 const CONSOLE: usize = 6;
 const PERSISTENT: usize = 7;
-const FAR: usize = 8;
+const LAYERED: usize = 8;
+const CARD: usize = 9;
+const SERVICE: usize = 10;
+const FAR: usize = 11;
+const FAR_DIRECTORY: usize = 12;
 /// It comes and goes.
-const GUEST: usize = 9;
+const GUEST: usize = 13;
+/// Pairs of queues of one of the cards: with its control queue it has [`QUEUES`].
+const PAIRS: usize = 2;
 
 /// Puts a device where its driver reaches it.
 type Attach = fn(&dyn VirtioDevice, &GuestMemory) -> Attached;
@@ -185,8 +191,7 @@ fn everything(
     memory: &GuestMemory,
     vsock_path: &Path,
 ) -> (Vec<Box<dyn VirtioDevice>>, Host) {
-    let disk = tempfile::tempfile().unwrap();
-    disk.set_len(DISK).unwrap();
+    let disk = image(DISK);
     let limits = LimiterOptions::default();
     let block = BlockOptions {
         id: "disk".into(),
@@ -199,7 +204,25 @@ fn everything(
         discard: true,
         limits,
     };
+    let layered = BlockOptions {
+        id: "layered".into(),
+        // Two of the layer's clusters, of which it has room for one.
+        file: image(128 << 10),
+        read_only: false,
+        layer: Some(LayerOptions {
+            file: image(1 << 20),
+            most: 64 << 10,
+        }),
+        queues: 4,
+        engine: Engine::Sync,
+        cache: CacheType::Writeback,
+        discard: true,
+        limits,
+    };
     let (net, tap) = net::tests::fake();
+    let (card, mut taps) = net::tests::fake_with_pairs(PAIRS);
+    let (service, other_tap) = net::tests::fake_with_service();
+    taps.extend([tap, other_tap]);
     let vsock = vsock::testing::reachable(UnixListener::bind(vsock_path).unwrap());
     let balloon = BalloonOptions {
         amount_mib: 1,
@@ -215,15 +238,14 @@ fn everything(
     let port = Port::new(Size::default()).unwrap();
     let output = Arc::new(Output::new().unwrap());
     let said = host::speak(Arc::clone(&output));
-    let file = tempfile::tempfile().unwrap();
-    file.set_len(1 << 20).unwrap();
     let pmem = PmemOptions {
         id: "pmem".into(),
-        file,
+        file: image(1 << 20),
         read_only: false,
         limits,
     };
     let (pmem, _) = Pmem::map(pmem).unwrap();
+    let [far, far_directory, _] = back_end::kinds();
     let devices: Vec<Box<dyn VirtioDevice>> = vec![
         Box::new(Block::new(block).unwrap()),
         Box::new(Entropy::default()),
@@ -233,11 +255,22 @@ fn everything(
         Box::new(Mem::new(mem).unwrap()),
         Box::new(Console::new(Arc::clone(&port), output)),
         Box::new(pmem.at(PMEM)),
-        Box::new(back_end::disk(shared, None)),
-        Box::new(back_end::disk(shared, Some(Random(5)))),
+        Box::new(Block::new(layered).unwrap()),
+        Box::new(card),
+        Box::new(service),
+        Box::new(back_end::device(&far, shared, None)),
+        Box::new(back_end::device(&far_directory, shared, None)),
+        Box::new(back_end::device(&far, shared, Some(Random(5)))),
     ];
-    let host = Host::new(vsock_path.to_owned(), tap, disk, port, said);
+    let host = Host::new(vsock_path.to_owned(), taps, disk, port, said);
     (devices, host)
+}
+
+/// So many zeroes.
+fn image(len: u64) -> std::fs::File {
+    let file = tempfile::tempfile().unwrap();
+    file.set_len(len).unwrap();
+    file
 }
 
 /// The programs on the host, until it is `over`.
@@ -269,7 +302,9 @@ fn exchange(
         loop {
             let last = over.load(Ordering::SeqCst);
             let faithless = (!last).then(|| Random(random.next()));
-            let device = Box::new(back_end::disk(&shared, faithless));
+            let kinds = back_end::kinds();
+            let kind = &kinds[if last { 0 } else { random.below(3) as usize }];
+            let device = Box::new(back_end::device(kind, &shared, faithless));
             let (registers, endpoint) = attach(device.as_ref(), &shared);
             operator.remove(GUEST as u16).unwrap();
             let index = operator.add(endpoint, device).unwrap().unwrap();
@@ -312,6 +347,10 @@ fn every_device_works(memory: GuestMemory, devices: Devices, mut host: Host) {
     let name = (DATA, 16, false);
     let answer = |n: u64, len| (DATA + 0x1000 * n, len, true);
     host.port.offer(b"typed");
+    vcpu.put(DATA + 0x100, &[0; 72]);
+    let service = crate::mmds::DEFAULT_ADDRESS.octets();
+    vcpu.put(DATA + 0x200, &net::tests::who_has(service));
+    host.send_frames();
     let requests = [
         (BLOCK, 0, vec![name, answer(1, 20), answer(2, 1)]),
         (ENTROPY, 0, vec![answer(3, 32)]),
@@ -320,6 +359,16 @@ fn every_device_works(memory: GuestMemory, devices: Devices, mut host: Host) {
         (PERSISTENT, 0, vec![(DATA + 16, 4, false), answer(5, 4)]),
         (FAR, 1, vec![name, answer(6, 20)]),
         (GUEST, 0, vec![name, answer(7, 20)]),
+        (LAYERED, 3, vec![name, answer(8, 20), answer(9, 1)]),
+        // A frame by each pair, and one that comes.
+        (CARD, 1, vec![(DATA + 0x100, 72, false)]),
+        (CARD, 3, vec![(DATA + 0x100, 72, false)]),
+        (CARD, 0, vec![answer(10, 2000)]),
+        (CARD, 2, vec![answer(11, 2000)]),
+        // Whose is the service's address? Its answer.
+        (SERVICE, 1, vec![(DATA + 0x200, 54, false)]),
+        (SERVICE, 0, vec![answer(12, 2000)]),
+        (FAR_DIRECTORY, 1, vec![name, answer(13, 20)]),
     ];
     for (device, queue, chain) in requests {
         let mut driver = vcpu.driver(device, queue);
@@ -333,7 +382,9 @@ fn every_device_works(memory: GuestMemory, devices: Devices, mut host: Host) {
     assert_eq!(got(1, 4), b"disk");
     assert_ne!(got(3, 32), [0; 32]);
     assert_eq!(got(5, 4), [0; 4]);
-    for far in [6, 7] {
+    assert_eq!(got(8, 7), b"layered");
+    assert_eq!(got(12, 44)[40..], service);
+    for far in [6, 7, 13] {
         assert_eq!(got(far, SERVED.len()), SERVED);
     }
     host.await_said(b"well said");

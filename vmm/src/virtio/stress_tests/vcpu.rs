@@ -4,7 +4,31 @@ use vm_memory::{Bytes as _, GuestAddress};
 
 use super::{Devices, QUEUES, Random, SIZE};
 use crate::memory::GuestMemory;
+use crate::virtio::net;
 use crate::virtio::testing::{DATA, Driver, INDIRECT, NEXT, WRITE};
+
+/// The start of a frame, as often as not one for the metadata service.
+fn frame(random: &mut Random, bytes: &mut [u8]) {
+    let service = crate::mmds::DEFAULT_ADDRESS.octets();
+    match random.below(4) {
+        // An ARP request for its address.
+        0 => {
+            let packet = &net::tests::who_has(service)[12..];
+            bytes[..packet.len()].copy_from_slice(packet);
+        }
+        // TCP over IPv4 to its port, more or less.
+        1 => {
+            bytes[12..15].copy_from_slice(&[8, 0, 0x45]);
+            bytes[20..22].fill(0);
+            bytes[23] = 6;
+            bytes[30..34].copy_from_slice(&service);
+            bytes[36..38].copy_from_slice(&[0, 80]);
+            bytes[46] = 0x50;
+            bytes[47] &= 0x1f;
+        }
+        _ => {}
+    }
+}
 
 pub struct Vcpu {
     pub random: Random,
@@ -51,7 +75,7 @@ impl Vcpu {
     fn header(&mut self) -> Vec<u8> {
         let random = &mut self.random;
         let mut bytes: Vec<u8> = (0..64).map(|_| random.next() as u8).collect();
-        match random.below(4) {
+        match random.below(5) {
             // A packet of the socket device: few ports, so that they meet.
             0 | 1 => {
                 bytes[..16].copy_from_slice(&[3, 0, 0, 0, 0, 0, 0, 0, 2, 0, 0, 0, 0, 0, 0, 0]);
@@ -65,7 +89,7 @@ impl Vcpu {
             // A request for the disk.
             2 => {
                 bytes[..4].copy_from_slice(&random.one(&[0_u32, 1, 4, 8, 9]).to_le_bytes());
-                let sector = random.one(&[0, 1, 63, 64, u64::MAX]);
+                let sector = random.one(&[0, 1, 63, 64, 200, u64::MAX]);
                 bytes[8..16].copy_from_slice(&sector.to_le_bytes());
             }
             // A request for memory: few blocks, so that they come and go.
@@ -75,7 +99,12 @@ impl Vcpu {
                 bytes[8..16].copy_from_slice(&block.to_le_bytes());
                 bytes[16..18].copy_from_slice(&[random.below(4) as u8, 0]);
             }
-            _ => bytes[..12].fill(0),
+            // How many pairs of queues of a card are used.
+            3 => bytes[..4].copy_from_slice(&[4, 0, random.below(4) as u8, 0]),
+            _ => {
+                bytes[..12].fill(0);
+                frame(random, &mut bytes[12..]);
+            }
         }
         bytes
     }
