@@ -1,9 +1,11 @@
 //! A hostile guest: two vCPUs do to every device at once what a driver would and would not, over MMIO and over PCI, while
 //! programs on the host come and go, and so does one of the devices. Nothing may panic, hang or make a system call
-//! that a sealed thread may not make, and every device must work after a reset. `CASEMATE_STRESS_SECONDS` makes it last
+//! that a sealed thread may not make; the process may not grow, and rests when the guest does; and every device must
+//! work after a reset. `CASEMATE_STRESS_SECONDS` makes it last
 //! longer.
 
 mod back_end;
+mod footprint;
 mod host;
 mod vcpu;
 
@@ -16,6 +18,7 @@ use std::thread::{JoinHandle, sleep, spawn};
 use std::time::{Duration, Instant};
 
 use self::back_end::SERVED;
+use self::footprint::Footprint;
 use self::host::Host;
 use self::vcpu::Vcpu;
 use super::block::{Block, BlockOptions, CacheType, Engine, LayerOptions};
@@ -167,15 +170,22 @@ fn stress(test: &str, attach: Attach) {
     let over = Arc::new(AtomicBool::new(false));
     let outside = outside(host, &over);
     let exchange = exchange(operator, attach, &shared, &devices, &over);
+    // By then everything has been used.
+    sleep(Duration::from_secs(1).min(duration / 2));
+    let first = Footprint::now();
     for _ in 0..2 {
         let acts = finished.recv_timeout(duration + PATIENCE);
         let acts = acts.expect("no vCPU hangs");
         println!("{acts} acts");
         assert!(acts > 100);
     }
+    let busy = Footprint::now();
     over.store(true, Ordering::SeqCst);
     let host = outside.join().unwrap();
     println!("{} exchanges", exchange.join().unwrap());
+    busy.has_not_grown_since(&first);
+    // Whatever the guest has left in its rings.
+    footprint::rests();
 
     let (done, finished) = channel();
     spawn(move || {
@@ -183,6 +193,8 @@ fn stress(test: &str, attach: Attach) {
         done.send(()).unwrap();
     });
     finished.recv_timeout(PATIENCE).expect("every device works");
+    footprint::rests();
+    Footprint::now().has_not_grown_since(&first);
 }
 
 /// Every device, and what is behind them. Of the `memory`, back-ends get what is `shared`.
