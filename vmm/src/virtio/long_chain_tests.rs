@@ -213,7 +213,7 @@ fn is_untouched(file: &File) -> bool {
 
 /// A frame of 4 GiB is none; a buffer of as much is one with room.
 fn net() {
-    let (card, mut tap) = net::tests::fake();
+    let (card, mut tap) = net::testing::fake();
     let mut subject = Subject::new(card, 0);
     subject.offer(1, &[], false, &[]);
     assert_eq!(subject.serve(1), 0);

@@ -1,6 +1,6 @@
 //! A tap that takes nothing: frames are lost, as they may be, and nothing waits for it.
 
-use super::tests::{Fake, RX, TX, frame, pairs};
+use super::testing::{Fake, RX, TX, frame, pairs};
 use super::*;
 use crate::virtio::testing::{DATA, Rig};
 use std::io::Write as _;

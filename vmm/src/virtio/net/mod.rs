@@ -556,5 +556,7 @@ fn send(
 #[cfg(test)]
 mod full_tests;
 #[cfg(test)]
+pub(super) mod testing;
+#[cfg(test)]
 #[path = "net_tests.rs"]
-pub(super) mod tests;
+mod tests;

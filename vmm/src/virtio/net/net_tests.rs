@@ -1,102 +1,15 @@
 use super::features::*;
+use super::testing::{Fake, RX, TX, frame, service, socket, who_has};
 use super::*;
 use crate::virtio::device::EVENT_IDX;
 use crate::virtio::rate_limiter::BucketOptions;
 use crate::virtio::testing::{DATA, Rig};
-use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
 use std::io::Write as _;
 use std::os::fd::AsRawFd as _;
-
-pub(super) const RX: u16 = 0;
-pub(super) const TX: u16 = 1;
-
-/// A card whose tap is one end of a socket that keeps frames apart.
-pub(super) struct Fake(pub(super) Net);
-
-impl VirtioDevice for Fake {
-    fn traits(&self) -> Traits {
-        self.0.traits()
-    }
-    fn config(&self) -> std::sync::Arc<ConfigSpace> {
-        self.0.config()
-    }
-    fn start(&mut self, queues: Queues, features: u64, io: DeviceIo) -> Result<(), device::Error> {
-        self.0.run(queues, features, io)
-    }
-    fn stop(&mut self) -> QueueStates {
-        self.0.stop()
-    }
-    fn handle(&mut self, event: Event) -> Result<Progress, device::Error> {
-        self.0.handle(event)
-    }
-}
-
-fn card(tap: File) -> Net {
-    Net {
-        id: "eth0".to_owned(),
-        metrics: Arc::default(),
-        taps: vec![Arc::new(tap)],
-        mac: Some([2, 0, 0, 0, 0, 7]),
-        mtu: Some(1400),
-        extra_features: 0,
-        rx_limiter: RateLimiter::default(),
-        tx_limiter: RateLimiter::default(),
-        detour: None,
-        running: None,
-        pieces: IoVecBuffer::default(),
-    }
-}
-
-/// A card, and the other end of its tap.
-pub fn fake() -> (impl VirtioDevice + 'static, File) {
-    let (card, tap) = socket();
-    (Fake(card), tap)
-}
-
-/// The same with several pairs of queues. What the control queue asks of such taps, they refuse.
-pub fn fake_with_pairs(count: usize) -> (impl VirtioDevice + 'static, Vec<File>) {
-    let (card, taps) = pairs(count);
-    (Fake(card), taps)
-}
-
-/// The same as [`fake`], leading to a metadata service.
-pub fn fake_with_service() -> (impl VirtioDevice + 'static, File) {
-    let (card, tap) = service();
-    (Fake(card), tap)
-}
 
 fn rig(features: u64, size: u16) -> (Rig<Fake>, File) {
     let (card, tap) = socket();
     (Rig::with(Fake(card), features, size), tap)
-}
-
-fn socket() -> (Net, File) {
-    let (ours, theirs) = socketpair(
-        AddressFamily::Unix,
-        SockType::SeqPacket,
-        None,
-        SockFlag::SOCK_NONBLOCK,
-    )
-    .unwrap();
-    (card(theirs.into()), ours.into())
-}
-
-/// A card with so many pairs of queues, and the other ends of its taps.
-pub(super) fn pairs(count: usize) -> (Net, Vec<File>) {
-    let (mut card, first) = socket();
-    let mut peers = vec![first];
-    for _ in 1..count {
-        let (mut other, peer) = socket();
-        card.taps.append(&mut other.taps);
-        peers.push(peer);
-    }
-    (card, peers)
-}
-
-pub(super) fn frame(len: usize, fill: u8) -> Vec<u8> {
-    let mut frame = vec![fill; HEADER_LEN + len];
-    frame[..HEADER_LEN].fill(0);
-    frame
 }
 
 #[test]
@@ -369,43 +282,10 @@ fn the_control_queue_wants_room_for_its_answer() {
     assert!(control::serve(&chain, &memory, 8, never).is_err());
 }
 
-/// A card that leads to a metadata service.
-fn service() -> (Net, File) {
-    let (mut card, tap) = socket();
-    let store = Arc::new(crate::mmds::Store::new(1000));
-    let service = crate::mmds::Service::new(crate::mmds::ServiceOptions {
-        store,
-        address: crate::mmds::DEFAULT_ADDRESS,
-        version: crate::mmds::Version::V1,
-        imds_compat: false,
-    });
-    let stack = Stack::new(Arc::new(service.unwrap()), 1500).unwrap();
-    card.detour = Some(Detour::new(stack));
-    (card, tap)
-}
-
-/// The same with a driver.
+/// A card that leads to a metadata service, and its driver.
 fn with_service() -> (Rig<Fake>, File) {
     let (card, tap) = service();
     (Rig::with(Fake(card), F_MRG_RXBUF, 16), tap)
-}
-
-/// An ARP request for an address, behind a header.
-pub fn who_has(address: [u8; 4]) -> Vec<u8> {
-    let sender = [2, 0, 0, 0, 0, 7];
-    let arp = [0, 1, 8, 0, 6, 4, 0, 1];
-    [
-        &[0; HEADER_LEN][..],
-        &[0xff; 6],
-        &sender,
-        &[8, 6],
-        &arp,
-        &sender,
-        &[10, 0, 0, 2],
-        &[0; 6],
-        &address,
-    ]
-    .concat()
 }
 
 #[test]

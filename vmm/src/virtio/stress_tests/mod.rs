@@ -231,9 +231,9 @@ fn everything(
         discard: true,
         limits,
     };
-    let (net, tap) = net::tests::fake();
-    let (card, mut taps) = net::tests::fake_with_pairs(PAIRS);
-    let (service, other_tap) = net::tests::fake_with_service();
+    let (net, tap) = net::testing::fake();
+    let (card, mut taps) = net::testing::fake_with_pairs(PAIRS);
+    let (service, other_tap) = net::testing::fake_with_service();
     taps.extend([tap, other_tap]);
     let vsock = vsock::testing::reachable(UnixListener::bind(vsock_path).unwrap());
     let balloon = BalloonOptions {
@@ -361,7 +361,7 @@ fn every_device_works(memory: GuestMemory, devices: Devices, mut host: Host) {
     host.port.offer(b"typed");
     vcpu.put(DATA + 0x100, &[0; 72]);
     let service = crate::mmds::DEFAULT_ADDRESS.octets();
-    vcpu.put(DATA + 0x200, &net::tests::who_has(service));
+    vcpu.put(DATA + 0x200, &net::testing::who_has(service));
     host.send_frames();
     let requests = [
         (BLOCK, 0, vec![name, answer(1, 20), answer(2, 1)]),

@@ -13,7 +13,7 @@ fn frame(random: &mut Random, bytes: &mut [u8]) {
     match random.below(4) {
         // An ARP request for its address.
         0 => {
-            let packet = &net::tests::who_has(service)[12..];
+            let packet = &net::testing::who_has(service)[12..];
             bytes[..packet.len()].copy_from_slice(packet);
         }
         // TCP over IPv4 to its port, more or less.
