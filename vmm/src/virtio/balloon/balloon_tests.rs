@@ -186,6 +186,42 @@ fn reported_pages_are_the_hosts() {
 }
 
 #[test]
+fn one_chain_gives_back_no_more_than_a_turn_has_time_for() {
+    // Not all of it is touched, so it takes no memory of the host's.
+    const BULK: u64 = 1 << 30;
+    let len = 2 * CHAIN_BYTES;
+    let ranges = [
+        (GuestAddress(0), END as usize),
+        (GuestAddress(BULK), len as usize),
+    ];
+    let memory = crate::memory::GuestMemory::from_ranges(&ranges).unwrap();
+    for segments in [1, 4] {
+        let mut rig = Rig::on(memory.clone(), Balloon::new(ALL).unwrap(), ALL_FEATURES, 16);
+        rig.drivers[REPORTING].set_available_index(0);
+        rig.drivers[REPORTING].put(rig.drivers[REPORTING].state.used, &[0; 4]);
+        let places = [0, CHAIN_BYTES - PAGE, CHAIN_BYTES, len - PAGE].map(|at| BULK + at);
+        for place in places {
+            rig.memory.write_obj(7_u8, GuestAddress(place)).unwrap();
+        }
+        let each = (len / segments) as u32;
+        let chain: Vec<_> = (0..segments)
+            .map(|n| (BULK + n * u64::from(each), each, true))
+            .collect();
+        rig.drivers[REPORTING].add(&chain);
+        let progress = rig.device.handle(Event::Queue(REPORTING as u16)).unwrap();
+        assert_eq!(progress, Progress::More);
+        assert_eq!(rig.drivers[REPORTING].used(), Some((0, 0)));
+        assert_eq!(
+            places.map(|place| rig.is_lost(place)),
+            [true, true, false, false]
+        );
+        let metrics = &rig.device.metrics;
+        assert_eq!(metrics.free_page_report_freed.total(), CHAIN_BYTES);
+        assert_eq!(metrics.free_page_report_fails.total(), 0);
+    }
+}
+
+#[test]
 fn statistics_come_when_they_are_due() {
     let mut rig = rig(ALL);
     assert_eq!(rig.status().statistics, Some(Statistics::default()));

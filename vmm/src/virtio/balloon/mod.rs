@@ -47,6 +47,9 @@ const QUEUE_SIZES: &[u16] = &[256; 5];
 const BUDGET: usize = 16;
 /// Bytes given back after which they get it earlier. One chain more than that is at most.
 const BUDGET_BYTES: u64 = 64 << 20;
+/// Most bytes given back for one chain of ranges: more than Linux reports at once, 32 blocks of 4 MiB. Those beyond
+/// stay with the guest, which is allowed. A chain may hold nearly 4 GiB, which takes the host a good part of a second.
+const CHAIN_BYTES: u64 = 256 << 20;
 const PAGES_PER_MIB: u32 = 256;
 
 /// In the configuration space (section 5.5.4): `num_pages`, then `actual`, which the driver writes,
@@ -412,13 +415,17 @@ impl Giver<'_> {
         Ok(())
     }
 
-    /// Gives the buffers that a chain has for the device to write to. Counts the ranges, the bytes and the
-    /// ranges that the host did not take.
+    /// Gives the buffers that a chain has for the device to write to, up to [`CHAIN_BYTES`] of them. Counts the
+    /// ranges, the bytes and the ranges that the host did not take.
     fn give_ranges(&mut self, chain: &Chain, [ranges, bytes, fails]: [&Counter; 3]) {
+        let mut left = CHAIN_BYTES;
         for segment in chain.writable() {
             ranges.inc();
-            match self.give(segment.address.0, segment.len.into()) {
-                Some(count) => bytes.add(count),
+            match self.give(segment.address.0, left.min(segment.len.into())) {
+                Some(count) => {
+                    left = left.saturating_sub(count);
+                    bytes.add(count);
+                }
                 None => fails.inc(),
             }
         }
