@@ -25,8 +25,8 @@ const BULK_LEN: u32 = 64 << 20;
 /// Where the indirect tables lie, and a byte for a status.
 const TABLE: u64 = DATA + 0x10_0000;
 const STATUS: u64 = DATA + 0x8000;
-/// Most time of a processor that a turn may take, in a build that is not optimized: copying 4 GiB takes longer.
-const TURN: Duration = Duration::from_millis(500);
+/// Most time of a processor that a turn may take: moving 4 GiB takes longer.
+const TURN: Duration = Duration::from_millis(250);
 /// Most address space that the process may gain, in KiB.
 const GROWTH: u64 = 32 << 10;
 /// How long a device may hold a chain back.
