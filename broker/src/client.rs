@@ -11,13 +11,36 @@ use crate::protocol::{
     MAX_IN_FLIGHT, MAX_MESSAGE, Operation, ProtocolError, Reply, Request, decode, encode,
 };
 
+/// Why a descriptor that was sent is not there.
+const NO_ROOM: &str = "there is no room for another descriptor (RLIMIT_NOFILE)";
+
 /// Asks a broker, without waiting ([`Client::submit`], [`Client::receive`]: `sendmsg`, `recvmsg`)
-/// or waiting for the answer during setup ([`Client::call`]: `poll` besides).
+/// or waiting for the answer ([`Client::call`], [`Client::order`]: `poll` besides).
 #[derive(Debug)]
 pub struct Client {
     socket: OwnedFd,
     next_id: u64,
-    in_flight: Vec<u64>,
+    in_flight: Vec<InFlight>,
+}
+
+/// A request that waits for its answer.
+#[derive(Debug)]
+struct InFlight {
+    id: u64,
+    /// Whether a descriptor comes with the answer.
+    gives_descriptor: bool,
+    /// Nobody waits for it any more: what comes is dropped.
+    abandoned: bool,
+}
+
+/// What an answer says.
+#[derive(Debug)]
+enum Outcome {
+    Descriptor(OwnedFd),
+    Done,
+    /// It succeeded, and this process had no room for its descriptor.
+    Lost,
+    Refused(String),
 }
 
 /// The broker's answer to an earlier request.
@@ -44,6 +67,11 @@ pub enum ClientError {
     /// No answer in time.
     #[error("the broker did not answer within {0:?}")]
     Timeout(Duration),
+    /// Only for what gives a descriptor, or only for what gives none.
+    #[error(
+        "a request of this kind is not made like that: `call` and `submit` are for descriptors, `order` for the rest"
+    )]
+    Misused,
     /// The request does not fit a message, or the answer is none.
     #[error(transparent)]
     Protocol(#[from] ProtocolError),
@@ -75,15 +103,85 @@ impl Client {
         self.in_flight.len()
     }
 
-    /// Sends a request and returns its id. Never waits.
+    /// Sends a request for a descriptor and returns its id. Never waits.
     ///
     /// # Errors
     /// [`ClientError::Busy`] at [`MAX_IN_FLIGHT`] or when the socket is full; nothing was sent then.
     pub fn submit(&mut self, op: Operation) -> Result<u64, ClientError> {
+        if op.gives_descriptor() {
+            self.send(op)
+        } else {
+            Err(ClientError::Misused)
+        }
+    }
+
+    /// The next answer, or none if there is none yet. Never waits.
+    ///
+    /// # Errors
+    /// [`ClientError::Gone`] once the broker has ended; every request in flight has failed then.
+    pub fn receive(&mut self) -> Result<Option<Answer>, ClientError> {
+        let Some((id, outcome)) = self.next()? else {
+            return Ok(None);
+        };
+        let result = match outcome {
+            Outcome::Descriptor(descriptor) => Ok(descriptor),
+            // That request has failed; the next may find room again.
+            Outcome::Lost => Err(NO_ROOM.to_owned()),
+            Outcome::Refused(text) => Err(text),
+            Outcome::Done => return Err(ClientError::Misused),
+        };
+        Ok(Some(Answer { id, result }))
+    }
+
+    /// Asks for a descriptor and waits for it: when nothing else is in flight.
+    ///
+    /// A file that is made but does not arrive is discarded.
+    ///
+    /// # Errors
+    /// [`ClientError::Refused`] with the broker's reason, [`ClientError::Timeout`], and those of
+    /// [`Client::submit`] and [`Client::receive`].
+    pub fn call(&mut self, op: Operation, timeout: Duration) -> Result<OwnedFd, ClientError> {
+        let created = match &op {
+            Operation::Create { name } => Some(name.clone()),
+            _ => None,
+        };
+        let id = self.submit(op)?;
+        let result = match self.wait(id, timeout) {
+            Ok(Outcome::Descriptor(descriptor)) => return Ok(descriptor),
+            Ok(Outcome::Refused(text)) => return Err(ClientError::Refused(text)),
+            Ok(_) => Err(ClientError::Refused(NO_ROOM.to_owned())),
+            Err(error) => Err(error),
+        };
+        if let Some(name) = created
+            // Requests are answered in their order, so this comes after the file was made.
+            && let Ok(id) = self.send(Operation::Discard { name })
+        {
+            self.abandon(id);
+        }
+        result
+    }
+
+    /// Asks for something that gives no descriptor, and waits until it is done: when nothing else is in flight.
+    ///
+    /// # Errors
+    /// As [`Client::call`].
+    pub fn order(&mut self, op: Operation, timeout: Duration) -> Result<(), ClientError> {
+        if op.gives_descriptor() {
+            return Err(ClientError::Misused);
+        }
+        let id = self.send(op)?;
+        match self.wait(id, timeout)? {
+            Outcome::Refused(text) => Err(ClientError::Refused(text)),
+            _ => Ok(()),
+        }
+    }
+
+    fn send(&mut self, op: Operation) -> Result<u64, ClientError> {
         if self.in_flight.len() >= MAX_IN_FLIGHT {
             return Err(ClientError::Busy);
         }
         let id = self.next_id;
+        let gives_descriptor = op.gives_descriptor();
         let bytes = encode(&Request { id, op })?;
         match fdpass::send(self.socket.as_fd(), &bytes, None) {
             Ok(()) => {}
@@ -97,15 +195,31 @@ impl Client {
             }
         }
         self.next_id = self.next_id.wrapping_add(1);
-        self.in_flight.push(id);
+        self.in_flight.push(InFlight {
+            id,
+            gives_descriptor,
+            abandoned: false,
+        });
         Ok(id)
     }
 
-    /// The next answer, or none if there is none yet. Never waits.
-    ///
-    /// # Errors
-    /// [`ClientError::Gone`] once the broker has ended; every request in flight has failed then.
-    pub fn receive(&mut self) -> Result<Option<Answer>, ClientError> {
+    /// The next answer that somebody waits for.
+    fn next(&mut self) -> Result<Option<(u64, Outcome)>, ClientError> {
+        loop {
+            match self.next_of_any()? {
+                Some((
+                    InFlight {
+                        abandoned: true, ..
+                    },
+                    _,
+                )) => {}
+                Some((request, outcome)) => return Ok(Some((request.id, outcome))),
+                None => return Ok(None),
+            }
+        }
+    }
+
+    fn next_of_any(&mut self) -> Result<Option<(InFlight, Outcome)>, ClientError> {
         let mut buffer = [0; MAX_MESSAGE];
         let received = match fdpass::receive(self.socket.as_fd(), &mut buffer) {
             Ok(received) => received,
@@ -128,41 +242,35 @@ impl Client {
         let at = self
             .in_flight
             .iter()
-            .position(|id| *id == reply.id)
+            .position(|request| request.id == reply.id)
             .ok_or(ClientError::Unexpected("nobody asked for it"))?;
-        self.in_flight.swap_remove(at);
-        let result = match (reply.ok, reply.error, received.descriptor) {
-            (true, None, Some(descriptor)) => Ok(descriptor),
-            (false, Some(text), None) => Err(text),
-            // That request has failed; the next may find room again.
-            (true, None, None) if received.descriptor_lost => {
-                Err("there is no room for another descriptor (RLIMIT_NOFILE)".into())
+        let request = self.in_flight.swap_remove(at);
+        let lost = received.descriptor_lost;
+        let outcome = match (reply.ok, reply.error, received.descriptor) {
+            (true, None, Some(descriptor)) if request.gives_descriptor => {
+                Outcome::Descriptor(descriptor)
             }
+            (true, None, None) if request.gives_descriptor && lost => Outcome::Lost,
+            (true, None, None) if !request.gives_descriptor && !lost => Outcome::Done,
+            (false, Some(text), None) => Outcome::Refused(text),
             _ => return Err(ClientError::Unexpected("success and descriptor disagree")),
         };
-        Ok(Some(Answer {
-            id: reply.id,
-            result,
-        }))
+        Ok(Some((request, outcome)))
     }
 
-    /// Asks and waits for the answer: for setup, when nothing else is in flight.
-    ///
-    /// # Errors
-    /// [`ClientError::Refused`] with the broker's reason, [`ClientError::Timeout`], and those of
-    /// [`Client::submit`] and [`Client::receive`].
-    pub fn call(&mut self, op: Operation, timeout: Duration) -> Result<OwnedFd, ClientError> {
-        let id = self.submit(op)?;
+    /// Waits for the answer to one request, which is abandoned when it does not come in time.
+    fn wait(&mut self, id: u64, timeout: Duration) -> Result<Outcome, ClientError> {
         let started = Instant::now();
         loop {
-            if let Some(answer) = self.receive()? {
-                if answer.id != id {
+            if let Some((answered, outcome)) = self.next()? {
+                if answered != id {
                     return Err(ClientError::Unexpected("it answers an earlier request"));
                 }
-                return answer.result.map_err(ClientError::Refused);
+                return Ok(outcome);
             }
             let left = timeout.saturating_sub(started.elapsed());
             if left.is_zero() {
+                self.abandon(id);
                 return Err(ClientError::Timeout(timeout));
             }
             let mut wait = [PollFd::new(self.socket.as_fd(), PollFlags::POLLIN)];
@@ -176,6 +284,13 @@ impl Client {
                     });
                 }
             }
+        }
+    }
+
+    fn abandon(&mut self, id: u64) {
+        let mut requests = self.in_flight.iter_mut();
+        if let Some(request) = requests.find(|request| request.id == id) {
+            request.abandoned = true;
         }
     }
 }

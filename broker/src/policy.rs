@@ -10,6 +10,7 @@ use nix::fcntl::{FcntlArg, OFlag, OpenHow, ResolveFlag, fcntl, openat2};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, socket};
 use nix::sys::stat::{SFlag, fstat};
 
+use crate::creation::{CreateError, Creations};
 use crate::protocol::{NameError, Operation, check_name};
 
 /// The port that stands for "any" in `AF_VSOCK` (`VMADDR_PORT_ANY`): nobody can listen on it.
@@ -20,13 +21,13 @@ const ANY_PORT: u32 = u32::MAX;
 pub struct BrokerPolicy {
     /// Files that were handed to the VMM at start.
     pub passed: Vec<PassedFile>,
-    /// Names given with `--allow-open`.
+    /// Names given with `--allow-open` and `--allow-create`.
     pub allowed: Vec<AllowedName>,
-    /// The operator's chroot: names are looked up beneath it.
+    /// The operator's chroot: names are looked up, and files are made, beneath it.
     pub chroot: Option<OwnedFd>,
     /// Where vsock devices may connect to.
     pub connections: Vec<ConnectTarget>,
-    /// Whether whatever this process's user may open and connect to is allowed besides: for a VMM without
+    /// Whether whatever this process's user may open, make and connect to is allowed besides: for a VMM without
     /// a jail, which could do so itself before it was sealed.
     pub unconfined: bool,
     /// How a queue of a tap is attached, by the interface's name and whether it is one of several; for a VMM without
@@ -47,7 +48,7 @@ pub struct PassedFile {
     pub writable: bool,
 }
 
-/// A name that may be opened later: one file, or everything beneath a directory.
+/// A name that may be opened later, or made as well: one file, or everything beneath a directory.
 #[derive(Debug)]
 pub struct AllowedName {
     /// The name as the operator wrote it.
@@ -56,6 +57,21 @@ pub struct AllowedName {
     pub directory: OwnedFd,
     /// The file in it; none if the whole directory is allowed.
     pub file: Option<PathBuf>,
+    /// Whether it may also be made, and replaced.
+    pub create: bool,
+}
+
+impl AllowedName {
+    /// Where `path` leads beneath the directory, if this name allows it.
+    pub(crate) fn beneath<'a>(&'a self, path: &'a Path) -> Option<&'a Path> {
+        match &self.file {
+            Some(file) => (self.name == path).then_some(file),
+            None => path
+                .strip_prefix(&self.name)
+                .ok()
+                .filter(|rest| !rest.as_os_str().is_empty()),
+        }
+    }
 }
 
 /// A vsock device's `uds_path`: connections go to `<uds_path>_<port>`.
@@ -124,6 +140,9 @@ pub enum PolicyError {
     /// A port that nobody can listen on.
     #[error("port {0} cannot be connected to")]
     Port(u32),
+    /// A file that is to be made.
+    #[error(transparent)]
+    Create(#[from] CreateError),
     /// Nobody listens, or too many wait already.
     #[error("cannot connect to port {port}: {source}")]
     Connect {
@@ -144,17 +163,33 @@ impl BrokerPolicy {
             && !self.unconfined
     }
 
-    /// Does one thing, never waiting.
+    /// Does one thing, in a conversation that is making these files. Waits for nobody; for a disk where a
+    /// commit syncs a directory. Returns a descriptor where the operation
+    /// [gives one](Operation::gives_descriptor).
     ///
     /// # Errors
     /// If nothing allows it, or the kernel refuses it.
-    pub fn perform(&self, operation: &Operation) -> Result<Arc<OwnedFd>, PolicyError> {
-        match operation {
-            Operation::Open { name, write } => self.open(name, *write),
-            Operation::Tap { name, several } => self.tap(name, *several).map(Arc::new),
-            Operation::Listen { path } => self.listen(path).map(Arc::new),
-            Operation::Connect { device, port } => self.connect(device, *port).map(Arc::new),
-        }
+    pub fn perform(
+        &self,
+        operation: &Operation,
+        creations: &mut Creations,
+    ) -> Result<Option<Arc<OwnedFd>>, PolicyError> {
+        let file = match operation {
+            Operation::Open { name, write } => self.open(name, *write)?,
+            Operation::Tap { name, several } => self.tap(name, *several).map(Arc::new)?,
+            Operation::Listen { path } => self.listen(path).map(Arc::new)?,
+            Operation::Connect { device, port } => self.connect(device, *port).map(Arc::new)?,
+            Operation::Create { name } => creations.create(self, name)?,
+            Operation::Commit { name } => {
+                creations.commit(name)?;
+                return Ok(None);
+            }
+            Operation::Discard { name } => {
+                creations.discard(name)?;
+                return Ok(None);
+            }
+        };
+        Ok(Some(file))
     }
 
     /// Passed at start, then the allow-list, then the operator's chroot.
@@ -168,15 +203,7 @@ impl BrokerPolicy {
         }
         let path = Path::new(name);
         for allowed in &self.allowed {
-            let beneath = match &allowed.file {
-                Some(file) if allowed.name == path => Some(file.as_path()),
-                Some(_) => None,
-                None => path
-                    .strip_prefix(&allowed.name)
-                    .ok()
-                    .filter(|rest| !rest.as_os_str().is_empty()),
-            };
-            if let Some(beneath) = beneath {
+            if let Some(beneath) = allowed.beneath(path) {
                 return open_beneath(allowed.directory.as_fd(), beneath, name, write);
             }
         }
@@ -274,7 +301,7 @@ fn refuse_if_no_socket(directory: BorrowedFd<'_>, name: &str) -> Result<(), Errn
 }
 
 /// Opens beneath a directory, and through nothing that leads elsewhere.
-fn beneath(flags: OFlag) -> OpenHow {
+pub(crate) fn beneath(flags: OFlag) -> OpenHow {
     let how = OpenHow::new().resolve(
         ResolveFlag::RESOLVE_BENEATH
             | ResolveFlag::RESOLVE_NO_SYMLINKS

@@ -1,13 +1,18 @@
 //! The messages between a VMM and its broker.
 //!
 //! One `SOCK_SEQPACKET` packet is one JSON message of at most [`MAX_MESSAGE`] bytes. Every request
-//! gets exactly one reply with its `id`; a descriptor travels with the reply by `SCM_RIGHTS`.
+//! gets exactly one reply with its `id`; where a descriptor was asked for, it travels with the reply by
+//! `SCM_RIGHTS`.
 //!
 //! ```text
 //! → {"id":7,"op":{"open":{"name":"/images/disk.img","write":false}}}
 //! ← {"id":7,"ok":true}                                   and one descriptor
 //! → {"id":8,"op":{"connect":{"device":"/run/v.sock","port":5000}}}
 //! ← {"id":8,"error":"..."}
+//! → {"id":9,"op":{"create":{"name":"/snapshots/state"}}}
+//! ← {"id":9,"ok":true}                                   and one descriptor
+//! → {"id":10,"op":{"commit":{"name":"/snapshots/state"}}}
+//! ← {"id":10,"ok":true}                                  and none
 //! ```
 //!
 //! Requests are hostile (a guest may have taken the VMM over): they are bounded before they are
@@ -66,6 +71,32 @@ pub enum Operation {
         /// The guest's destination port.
         port: u32,
     },
+    /// A new, empty file for reading and writing, which is to become the one of that name: until it is
+    /// committed nobody sees it, and what has the name keeps it. It is gone when it is discarded, or
+    /// when the conversation ends first.
+    Create {
+        /// The name: on the list of what may be made, or beneath the operator's chroot.
+        name: String,
+    },
+    /// The file that was made for this name takes it, in one step; a regular file that has it is
+    /// replaced. What it holds is to be synced by whoever wrote it; that it has the name is synced by the
+    /// broker. Answered without a descriptor. If it fails, the file can be committed again, or discarded.
+    Commit {
+        /// The name as in `create`.
+        name: String,
+    },
+    /// The file that was made for this name is given up. Answered without a descriptor.
+    Discard {
+        /// The name as in `create`.
+        name: String,
+    },
+}
+
+impl Operation {
+    /// Whether a descriptor comes with the answer if it succeeds.
+    pub fn gives_descriptor(&self) -> bool {
+        !matches!(self, Self::Commit { .. } | Self::Discard { .. })
+    }
 }
 
 /// The broker's answer to one request.
@@ -74,7 +105,8 @@ pub enum Operation {
 pub struct Reply {
     /// The request's id.
     pub id: u64,
-    /// Whether it succeeded; a descriptor comes with the reply exactly then.
+    /// Whether it succeeded; a descriptor comes with the reply exactly then, if the request was for one
+    /// ([`Operation::gives_descriptor`]).
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub ok: bool,
     /// Why it did not.
@@ -197,6 +229,18 @@ mod tests {
             encode(&Reply::error(8, "no")).unwrap(),
             br#"{"id":8,"error":"no"}"#
         );
+        let name = || "x".to_owned();
+        for (op, word, gives) in [
+            (Operation::Create { name: name() }, "create", true),
+            (Operation::Commit { name: name() }, "commit", false),
+            (Operation::Discard { name: name() }, "discard", false),
+        ] {
+            assert_eq!(op.gives_descriptor(), gives);
+            let text = format!(r#"{{"id":9,"op":{{"{word}":{{"name":"x"}}}}}}"#);
+            let request = Request { id: 9, op };
+            assert_eq!(encode(&request).unwrap(), text.as_bytes());
+            assert_eq!(decode::<Request>(text.as_bytes()).unwrap(), request);
+        }
     }
 
     #[test]
@@ -220,6 +264,9 @@ mod tests {
             r#"{"id":1,"op":{"connect":{"device":"a","port":1}},"id":2}"#,
             r#"{"id":1,"op":{"exec":{"path":"/bin/sh"}}}"#,
             r#"{"id":1,"op":{"open":{"name":"a","write":true}}} {}"#,
+            r#"{"id":1,"op":{"create":{"name":"a","mode":511}}}"#,
+            r#"{"id":1,"op":{"commit":{}}}"#,
+            r#"{"id":1,"op":{"discard":"a"}}"#,
         ] {
             assert!(decode::<Request>(bad.as_bytes()).is_err(), "{bad:.80}");
         }

@@ -1,4 +1,4 @@
-//! The broker's loop: one request, one answer, never waiting for anything but the next request.
+//! The broker's loop: one request, one answer, never waiting for anybody but the next request's sender.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
@@ -6,9 +6,10 @@ use std::sync::Arc;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
+use crate::creation::Creations;
 use crate::fdpass;
 use crate::policy::BrokerPolicy;
-use crate::protocol::{MAX_MESSAGE, ProtocolError, Reply, Request, decode, encode};
+use crate::protocol::{MAX_MESSAGE, Operation, ProtocolError, Reply, Request, decode, encode};
 
 /// A broker's ends of its socket pairs, and what it may do.
 #[derive(Debug)]
@@ -24,6 +25,8 @@ struct Conversation {
     /// The answer that found the socket full. While there is one, no request is read, so a VMM
     /// that does not read its answers stops itself, and costs one answer's memory here.
     waiting: Option<Outgoing>,
+    /// What it is making. Dropped with the conversation, however that ends.
+    creations: Creations,
 }
 
 #[derive(Debug)]
@@ -31,6 +34,8 @@ struct Outgoing {
     id: u64,
     bytes: Vec<u8>,
     descriptor: Option<Arc<OwnedFd>>,
+    /// The name of the file that the descriptor is of, if it is being made.
+    created: Option<String>,
 }
 
 /// Why [`Server::serve`] came back.
@@ -69,6 +74,7 @@ impl Server {
         let conversation = |socket| Conversation {
             socket,
             waiting: None,
+            creations: Creations::default(),
         };
         Self {
             conversations: sockets.into_iter().map(conversation).collect(),
@@ -79,7 +85,8 @@ impl Server {
     /// Serves until the VMM has closed its ends, or `watched` is readable (which is not read here).
     ///
     /// # Errors
-    /// If the VMM breaks the protocol. Drop the server then: it closes the sockets.
+    /// If the VMM breaks the protocol. Drop the server then: it closes the sockets, and gives up files that
+    /// were being made.
     pub fn serve(&mut self, watched: Option<BorrowedFd<'_>>) -> Result<ServerEvent, ServerError> {
         while !self.conversations.is_empty() {
             let own = self.conversations.iter().map(Conversation::wanted);
@@ -151,14 +158,20 @@ impl Conversation {
             return Ok(false);
         }
         let request: Request = decode(buffer.get(..received.length).unwrap_or_default())?;
-        let (reply, descriptor) = match policy.perform(&request.op) {
-            Ok(descriptor) => (Reply::ok(request.id), Some(descriptor)),
+        let performed = policy.perform(&request.op, &mut self.creations);
+        let (reply, descriptor) = match performed {
+            Ok(descriptor) => (Reply::ok(request.id), descriptor),
             Err(error) => (Reply::error(request.id, error.to_string()), None),
+        };
+        let created = match request.op {
+            Operation::Create { name } if descriptor.is_some() => Some(name),
+            _ => None,
         };
         self.send(Outgoing {
             id: request.id,
             bytes: encode(&reply)?,
             descriptor,
+            created,
         })
     }
 
@@ -172,11 +185,16 @@ impl Conversation {
             }
             // Too many descriptors of this user are under way: say so instead.
             Err(Errno::ETOOMANYREFS) if outgoing.descriptor.is_some() => {
+                if let Some(name) = &outgoing.created {
+                    // It is there: it was made for this answer.
+                    let _ = self.creations.discard(name);
+                }
                 let reply = Reply::error(outgoing.id, "too many descriptors are under way");
                 self.send(Outgoing {
                     id: outgoing.id,
                     bytes: encode(&reply)?,
                     descriptor: None,
+                    created: None,
                 })
             }
             Err(Errno::EPIPE | Errno::ECONNRESET) => Ok(false),

@@ -4,9 +4,7 @@ use std::os::fd::OwnedFd;
 
 use nix::errno::Errno;
 use nix::sys::prctl;
-use nix::sys::signal::Signal;
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
-use nix::unistd::getppid;
 
 use crate::client::Client;
 use crate::fdpass::{Fork, fork_single_threaded};
@@ -23,7 +21,8 @@ pub struct UnjailedError {
     pub source: Errno,
 }
 
-/// Forks a broker with this policy and returns the client for it. It ends with this process.
+/// Forks a broker with this policy and returns the client for it. It ends with this process, or when the
+/// client is dropped.
 ///
 /// `seal` runs in the new process before it reads its first request: install the broker's seccomp
 /// filter there. Call it before any thread is created and before descriptors are opened that the
@@ -60,28 +59,21 @@ pub fn spawn_unjailed_for<const THREADS: usize, E: std::fmt::Display>(
         ours.push(our);
         theirs.push(their);
     }
-    let parent = nix::unistd::getpid();
     match fork_single_threaded().map_err(failed("fork"))? {
         Fork::Parent(_) => ours
             .try_into()
             .map_err(|_| failed("socketpair")(Errno::EINVAL)),
         Fork::Child => {
             drop(ours);
-            let code = run(Server::with_sockets(theirs, policy), parent, seal);
+            let code = run(Server::with_sockets(theirs, policy), seal);
             std::process::exit(code);
         }
     }
 }
 
-fn run<E: std::fmt::Display>(
-    mut server: Server,
-    parent: nix::unistd::Pid,
-    seal: impl FnOnce() -> Result<(), E>,
-) -> i32 {
-    // A broker without its VMM is of no use. The second check is for a parent that died before the first.
-    if prctl::set_pdeathsig(Signal::SIGKILL).is_err() || getppid() != parent {
-        return 1;
-    }
+fn run<E: std::fmt::Display>(mut server: Server, seal: impl FnOnce() -> Result<(), E>) -> i32 {
+    // A broker without its VMM is of no use. It notices the end by its sockets, whose other ends only the
+    // VMM has; a signal of the kernel's (PR_SET_PDEATHSIG) would be in the way of clearing up.
     // Only for `ps`.
     let _ = prctl::set_name(c"broker");
     if let Err(error) = seal() {

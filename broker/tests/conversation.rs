@@ -104,6 +104,7 @@ fn files_come_from_what_was_passed_the_allow_list_and_the_chroot() {
         name: name.into(),
         directory,
         file: file.map(Into::into),
+        create: false,
     };
     let (mut client, server) = serve(BrokerPolicy {
         passed: vec![PassedFile {
@@ -330,8 +331,148 @@ fn a_flood_stops_itself() {
     assert_eq!(server.join().unwrap().unwrap(), ServerEvent::Closed);
 }
 
+/// A policy under which everything may be made beneath a directory, as `/d`.
+fn may_create(base: &std::path::Path) -> BrokerPolicy {
+    BrokerPolicy {
+        allowed: vec![AllowedName {
+            name: "/d".into(),
+            directory: directory(base),
+            file: None,
+            create: true,
+        }],
+        ..BrokerPolicy::default()
+    }
+}
+
+fn create(name: &str) -> Operation {
+    Operation::Create { name: name.into() }
+}
+
+fn commit(name: &str) -> Operation {
+    Operation::Commit { name: name.into() }
+}
+
+fn discard(name: &str) -> Operation {
+    Operation::Discard { name: name.into() }
+}
+
+#[test]
+fn files_are_made_committed_and_opened_again() {
+    let base = tempfile::tempdir().unwrap();
+    let (mut client, server) = serve(may_create(base.path()));
+    for text in ["first", "second"] {
+        let mut file = std::fs::File::from(client.call(create("/d/x"), WAIT).unwrap());
+        file.write_all(text.as_bytes()).unwrap();
+        file.sync_all().unwrap();
+        client.order(commit("/d/x"), WAIT).unwrap();
+        for write in [false, true] {
+            let opened = client.call(open_op("/d/x", write), WAIT).unwrap();
+            let found = std::io::read_to_string(std::fs::File::from(opened)).unwrap();
+            assert_eq!(found, text);
+        }
+    }
+    drop(client.call(create("/d/x"), WAIT).unwrap());
+    assert!(refusal(&mut client, create("/d/x")).contains("already"));
+    client.order(discard("/d/x"), WAIT).unwrap();
+    for op in [commit("/d/x"), discard("/d/x")] {
+        match client.order(op, WAIT) {
+            Err(ClientError::Refused(text)) => assert!(text.contains("is not being made")),
+            other => panic!("{other:?}"),
+        }
+    }
+    assert!(refusal(&mut client, create("/e/x")).contains("--allow-create /e/x"));
+    // What gives no descriptor is not called, nor the other way round.
+    assert!(matches!(
+        client.call(commit("/d/x"), WAIT),
+        Err(ClientError::Misused)
+    ));
+    assert!(matches!(
+        client.order(create("/d/x"), WAIT),
+        Err(ClientError::Misused)
+    ));
+    assert_eq!(client.in_flight(), 0);
+    drop(client);
+    assert_eq!(server.join().unwrap().unwrap(), ServerEvent::Closed);
+    assert_eq!(std::fs::read_dir(base.path()).unwrap().count(), 1);
+    assert_eq!(std::fs::read(base.path().join("x")).unwrap(), b"second");
+}
+
+#[test]
+fn what_is_being_made_ends_with_its_conversation() {
+    let base = tempfile::tempdir().unwrap();
+    let held = |client: &mut Client| {
+        let file = client.call(create("/d/x"), WAIT).unwrap();
+        std::fs::File::from(file.try_clone().unwrap())
+            .write_all(b"x")
+            .unwrap();
+        file
+    };
+    // The VMM's two threads: what one makes is not the other's, and ends without it.
+    let ((first, first_server), (second, second_server)) = (pair(), pair());
+    let policy = may_create(base.path());
+    let sockets = vec![first_server, second_server];
+    let server = std::thread::spawn(move || Server::with_sockets(sockets, policy).serve(None));
+    let (mut first, mut second) = (Client::new(first), Client::new(second));
+    let file = held(&mut first);
+    assert!(second.order(commit("/d/x"), WAIT).is_err());
+    drop(held(&mut second));
+    drop(first);
+    second.order(commit("/d/x"), WAIT).unwrap();
+    drop(second);
+    assert_eq!(server.join().unwrap().unwrap(), ServerEvent::Closed);
+    drop(file);
+    let left = || std::fs::read_dir(base.path()).unwrap().count();
+    assert_eq!(left(), 1);
+    std::fs::remove_file(base.path().join("x")).unwrap();
+
+    // What is no request ends it as well.
+    let (ours, theirs) = pair();
+    let policy = may_create(base.path());
+    let server = std::thread::spawn(move || Server::new(theirs, policy).serve(None));
+    let more = ours.try_clone().unwrap();
+    let mut client = Client::new(ours);
+    drop(held(&mut client));
+    fdpass::send(more.as_fd(), b"{", None).unwrap();
+    assert!(server.join().unwrap().is_err());
+    assert_eq!(left(), 0);
+}
+
+#[test]
+fn an_answer_that_comes_too_late_is_nobodys() {
+    let base = tempfile::tempdir().unwrap();
+    let (ours, theirs) = pair();
+    let mut client = Client::new(ours);
+    let short = Duration::from_millis(1);
+    for op in [create("/d/x"), open_op("/d/none", false)] {
+        let late = client.call(op, short);
+        assert!(matches!(late, Err(ClientError::Timeout(_))), "{late:?}");
+    }
+    let late = client.order(commit("/d/x"), short);
+    assert!(matches!(late, Err(ClientError::Timeout(_))), "{late:?}");
+    let policy = may_create(base.path());
+    let server = std::thread::spawn(move || Server::new(theirs, policy).serve(None));
+    // What was made meanwhile has been given up: there was nothing to commit, and it can be made again.
+    client.call(create("/d/x"), WAIT).unwrap();
+    assert_eq!(client.in_flight(), 0);
+    drop(client);
+    server.join().unwrap().unwrap();
+    assert_eq!(std::fs::read_dir(base.path()).unwrap().count(), 0);
+}
+
 #[test]
 fn a_hostile_broker_is_noticed() {
+    for (reply, gift) in [
+        (&br#"{"id":1,"ok":true}"#[..], true),
+        (br#"{"id":1,"error":"no"}"#, true),
+        (br#"{"id":2,"ok":true}"#, false),
+        (br#"{"id":1}"#, false),
+    ] {
+        let (ours, theirs) = pair();
+        fdpass::send(theirs.as_fd(), reply, gift.then(|| theirs.as_fd())).unwrap();
+        let error = Client::new(ours).order(commit("x"), WAIT).unwrap_err();
+        assert!(matches!(error, ClientError::Unexpected(_)), "{error}");
+    }
+
     for reply in [
         &br#"{"id":2,"ok":true}"#[..],
         br#"{"id":1,"ok":true}"#,
@@ -400,4 +541,16 @@ fn a_descriptor_without_room_costs_one_request() {
     let id = client.submit(open_op("a", false)).unwrap();
     answer(id, None);
     assert!(client.receive().unwrap().unwrap().result.is_ok());
+
+    // A file that was made for nothing is given up.
+    answer(id + 1, Some(0));
+    let refused = client.call(create("a"), WAIT).unwrap_err();
+    assert!(refused.to_string().contains("RLIMIT_NOFILE"), "{refused}");
+    let mut buffer = [0; protocol::MAX_MESSAGE];
+    let next = || {
+        let received = fdpass::receive(theirs.as_fd(), &mut buffer).unwrap();
+        protocol::decode::<Request>(&buffer[..received.length]).unwrap()
+    };
+    let last = std::iter::repeat_with(next).take(4).last().unwrap();
+    assert_eq!(last.op, discard("a"));
 }

@@ -4,11 +4,14 @@ use std::ffi::OsString;
 use std::os::fd::RawFd;
 use std::path::{Component, Path, PathBuf};
 
+pub use grant::{Creatable, Grant, GrantKind};
 pub use helper::{HELP as HELPER_HELP, Helper};
 
-use casemate_broker::{MachineId, MachineIdError, handover};
+use casemate_broker::{MachineId, MachineIdError};
+use grant::{check_names, creatable, grant};
 use lexopt::{Arg, ValueExt};
 
+mod grant;
 mod helper;
 
 /// What `--help` prints.
@@ -41,7 +44,9 @@ What it may use (descriptors, opened now; names are those of the machine config,
                             the VMM's arguments means the same, beneath the chroot if there is one
   --log-fd N                an inherited descriptor for the log
   --allow-open PATH         a file, or everything beneath a directory, that may be asked for later
-  --chroot-base-dir DIR     [/srv/jailer] if DIR/<exec name>/ID/root exists, files beneath it may be asked for
+  --allow-create [NAME=]PATH  the same, and it may also be made or replaced, such as a snapshot: PATH is a file, which need not
+                            be there, or a directory (DIR/). It, or the file's, must be the --uid's to read and write
+  --chroot-base-dir DIR     [/srv/jailer] if DIR/<exec name>/ID/root exists, files beneath it may be asked for, and made
   --netns PATH              where taps are; the VMM itself gets an empty network namespace
 
 How much (cgroups are made at <parent>/ID; the caller removes them):
@@ -114,6 +119,8 @@ pub struct Arguments {
     pub grants: Vec<Grant>,
     /// `--allow-open`
     pub allow_open: Vec<PathBuf>,
+    /// `--allow-create`
+    pub allow_create: Vec<Creatable>,
     /// `--log-fd`
     pub log_fd: Option<RawFd>,
     /// `--allow-missing=landlock`
@@ -155,43 +162,6 @@ pub struct Limits {
     pub no_file_asked: bool,
     /// Size of a file that is written, in bytes.
     pub fsize: Option<u64>,
-}
-
-/// Most queues of one interface.
-const MAX_QUEUES: u8 = 8;
-
-/// One `--grant-…`.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Grant {
-    /// Of what kind.
-    pub kind: GrantKind,
-    /// Its name in the machine config.
-    pub name: String,
-    /// The path, or the interface's name.
-    pub path: PathBuf,
-    /// How many queues of an interface; 1 of anything else.
-    pub queues: u8,
-}
-
-/// The kinds of grants.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum GrantKind {
-    /// `--grant-ro`
-    ReadOnly,
-    /// `--grant-rw`
-    ReadWrite,
-    /// `--grant-append`
-    Append,
-    /// `--grant-tap`
-    Tap,
-    /// `--grant-listen`
-    Listen,
-    /// `--grant-connect`
-    Connect,
-    /// `--grant-api`
-    Api,
-    /// `--api-sock` among the VMM's arguments: beneath the chroot, if there is one
-    ApiSock,
 }
 
 /// Why the command line is refused.
@@ -257,6 +227,7 @@ pub fn parse(arguments: impl Iterator<Item = OsString>) -> Result<Command, Argum
         },
         grants: Vec::new(),
         allow_open: Vec::new(),
+        allow_create: Vec::new(),
         log_fd: None,
         allow_missing_landlock: false,
         vmm_arguments,
@@ -325,6 +296,7 @@ pub fn parse(arguments: impl Iterator<Item = OsString>) -> Result<Command, Argum
                 .grants
                 .push(grant(GrantKind::Connect, parser.value()?)?),
             "grant-api" => result.grants.push(grant(GrantKind::Api, parser.value()?)?),
+            "allow-create" => result.allow_create.push(creatable(parser.value()?)?),
             "allow-open" => result.allow_open.push(parser.value()?.into()),
             "log-fd" => result.log_fd = Some(log_fd(&parser.value()?.string()?)?),
             "allow-missing" => match parser.value()?.string()?.as_str() {
@@ -353,7 +325,7 @@ pub fn parse(arguments: impl Iterator<Item = OsString>) -> Result<Command, Argum
             result.grants.push(grant(GrantKind::ApiSock, socket)?);
         }
     }
-    check_names(&result.grants)?;
+    check_names(&result)?;
     if result.daemonize && result.die_with_parent {
         let why = "a daemon outlives whoever started it: not together with --daemonize";
         return Err(bad("die-with-parent", "", why));
@@ -476,83 +448,6 @@ fn exec_name(path: &Path) -> Result<String, ArgumentError> {
             "a path to a program is needed",
         )),
     }
-}
-
-/// Names that the hand-over uses itself.
-const RESERVED: [&str; 4] = [
-    handover::KVM,
-    handover::BROKER,
-    handover::CONTROL_BROKER,
-    handover::LOG,
-];
-
-/// `[NAME=]PATH`. A name may be a path itself (`/images/a=/real/a`) and a path may hold `=`
-/// (`/images/a=b`): so a name ends at `=/`, or at the first `=` if it is no path.
-fn grant(kind: GrantKind, value: OsString) -> Result<Grant, ArgumentError> {
-    let option = match kind {
-        GrantKind::ReadOnly => "grant-ro",
-        GrantKind::ReadWrite => "grant-rw",
-        GrantKind::Append => "grant-append",
-        GrantKind::Tap => "grant-tap",
-        GrantKind::Listen => "grant-listen",
-        GrantKind::Connect => "grant-connect",
-        GrantKind::Api => "grant-api",
-        GrantKind::ApiSock => "api-sock",
-    };
-    let text = value
-        .to_str()
-        .ok_or_else(|| bad(option, &value.to_string_lossy(), "the path must be UTF-8"))?;
-    let (name, path) = match (text.split_once("=/"), text.split_once('=')) {
-        (Some((name, _)), _) => (name, text.get(name.len().saturating_add(1)..).unwrap_or("")),
-        (None, Some((name, path))) if !name.contains('/') => (name, path),
-        _ => (text, text),
-    };
-    let (name, path, queues) = match (kind, path.rsplit_once(':')) {
-        (GrantKind::Tap, Some((interface, count))) => {
-            let name = if name == path { interface } else { name };
-            (name, interface, count.parse().unwrap_or(0))
-        }
-        // The VMM looks for it by all of its own argument.
-        (GrantKind::ApiSock, _) => (text, text, 1),
-        _ => (name, path, 1),
-    };
-    let wrong = if path.is_empty() {
-        Some("the path is empty")
-    } else if text.contains(char::is_control) {
-        Some("it contains a control character")
-    } else if casemate_broker::protocol::check_name(name).is_err() {
-        Some("the name is empty or contains `..`: give another one with NAME=PATH")
-    } else if RESERVED.contains(&name) {
-        Some("kvm, broker, broker-control and log are the jailer's own names")
-    } else if !(1..=MAX_QUEUES).contains(&queues) {
-        Some("an interface gives 1 to 8 queues")
-    } else if kind == GrantKind::Tap && (path.len() > 15 || path.contains(['/', ' ', '%'])) {
-        Some("an interface's name has 1 to 15 characters, and no `/`, ` ` or `%`")
-    } else {
-        None
-    };
-    if let Some(why) = wrong {
-        return Err(bad(option, text, why));
-    }
-    Ok(Grant {
-        kind,
-        name: name.to_owned(),
-        path: path.into(),
-        queues,
-    })
-}
-
-fn check_names(grants: &[Grant]) -> Result<(), ArgumentError> {
-    let mut names: Vec<_> = grants.iter().map(|grant| &grant.name).collect();
-    names.sort_unstable();
-    for pair in names.windows(2) {
-        if let [a, b] = pair
-            && a == b
-        {
-            return Err(ArgumentError::Twice((*a).clone()));
-        }
-    }
-    Ok(())
 }
 
 #[cfg(test)]

@@ -3,7 +3,7 @@
 //! It runs in the same namespaces, empty root and user as the VMM, under a Landlock domain that
 //! knows only the directories of its policy and a seccomp filter of its own.
 
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 
 use casemate_broker::{BrokerPolicy, Server, ServerEvent, exit};
 use nix::errno::Errno;
@@ -14,6 +14,7 @@ use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::Pid;
 
 use crate::error::{Context, Result, say};
+use crate::landlock::Domain;
 use crate::sys;
 
 /// The VMM, as its parent sees it.
@@ -63,15 +64,18 @@ pub fn hold_back_signals() -> Result<()> {
     sigprocmask(SigmaskHow::SIG_SETMASK, Some(&set), None).doing("hold back", "signals")
 }
 
-/// Directories that the policy looks beneath.
-pub fn directories(policy: &BrokerPolicy) -> Vec<BorrowedFd<'_>> {
-    let allowed = policy
-        .allowed
-        .iter()
-        .map(|allowed| allowed.directory.as_fd());
-    allowed
-        .chain(policy.chroot.as_ref().map(AsFd::as_fd))
-        .collect()
+/// What of the file system the policy needs: to open beneath some directories, to make files beneath others.
+pub fn domain(policy: &BrokerPolicy) -> Domain<'_> {
+    let beneath = |create| {
+        let allowed = policy.allowed.iter();
+        let allowed = allowed.filter(move |allowed| allowed.create == create);
+        allowed.map(|allowed| allowed.directory.as_fd())
+    };
+    let chroot = policy.chroot.as_ref().map(AsFd::as_fd);
+    Domain::Broker {
+        open: beneath(false).collect(),
+        create: beneath(true).chain(chroot).collect(),
+    }
 }
 
 /// Serves until the VMM has ended, and returns the exit code that stands for its end.

@@ -230,12 +230,17 @@ impl<'a> Jail<'a> {
             }
             Step::OpenDirectories => {
                 self.chroot = grants::open_chroot(arguments)?;
-                for path in &arguments.allow_open {
+                let open = arguments.allow_open.iter();
+                let open = open.map(|path| (path, path, false));
+                let create = arguments.allow_create.iter();
+                let create = create.map(|created| (&created.name, &created.path, true));
+                for (name, path, create) in open.chain(create) {
                     let (directory, file) = grants::open_allowed(path)?;
                     self.allowed.push(AllowedName {
-                        name: path.clone(),
+                        name: name.clone(),
                         directory,
                         file,
+                        create,
                     });
                 }
                 Ok(())

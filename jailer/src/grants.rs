@@ -6,6 +6,7 @@
 
 use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
@@ -310,18 +311,19 @@ pub fn open_chroot(arguments: &Arguments) -> Result<Option<OwnedFd>> {
     }
 }
 
-/// Opens an `--allow-open` path: a directory itself, or the one that holds the file, which may not
-/// be there yet.
+/// Opens an `--allow-open` or `--allow-create` path: a directory itself, or the one that holds the file,
+/// which may not be there yet.
 ///
 /// # Errors
 /// If the directory cannot be opened.
 pub fn open_allowed(path: &Path) -> Result<(OwnedFd, Option<PathBuf>)> {
     let directory = OFlag::O_PATH | OFlag::O_DIRECTORY;
+    let is_directory = path.as_os_str().as_bytes().ends_with(b"/");
     match open_strictly(path, directory) {
         Err(crate::error::Error::Call {
             source: Errno::ENOTDIR | Errno::ENOENT,
             ..
-        }) => {
+        }) if !is_directory => {
             let (parent, name) = split(path)?;
             Ok((open_strictly(parent, directory)?, Some(name.into())))
         }

@@ -29,7 +29,12 @@ pub enum Domain<'a> {
     /// The VMM may read and execute its own program (or `execveat` fails), and nothing else.
     Vmm(BorrowedFd<'a>),
     /// The broker may open files beneath these directories.
-    Broker(Vec<BorrowedFd<'a>>),
+    Broker {
+        /// Beneath these that is all.
+        open: Vec<BorrowedFd<'a>>,
+        /// Beneath these it may also make files, and replace those that are there.
+        create: Vec<BorrowedFd<'a>>,
+    },
     /// A helper may use what is bound, each as it was bound.
     Helper(Vec<HelperRule>),
 }
@@ -75,17 +80,26 @@ pub fn enter(domain: &Domain<'_>, allow_missing: bool) -> Result<Option<String>>
         // threads, which will all be in this one; so does a helper.
         .scope(match domain {
             Domain::Vmm(_) | Domain::Helper(_) => Scope::from_all(ABI_WANTED),
-            Domain::Broker(_) => Scope::AbstractUnixSocket.into(),
+            Domain::Broker { .. } => Scope::AbstractUnixSocket.into(),
         })?
         .create()?;
     let program: BitFlags<AccessFs> = AccessFs::Execute | AccessFs::ReadFile;
     // Truncation is decided at open, so the VMM could not shorten such a file without it.
     let open: BitFlags<AccessFs> = AccessFs::ReadFile | AccessFs::WriteFile | AccessFs::Truncate;
+    // A new name, or another file's; nothing else is made. A directory is opened to be synced: without its
+    // own right not even that, and the filter has no call that lists one.
+    let create = AccessFs::MakeReg | AccessFs::RemoveFile | AccessFs::ReadDir;
     match domain {
         Domain::Vmm(file) => ruleset = ruleset.add_rule(PathBeneath::new(file, program))?,
-        Domain::Broker(directories) => {
+        Domain::Broker {
+            open: directories,
+            create: others,
+        } => {
             for directory in directories {
                 ruleset = ruleset.add_rule(PathBeneath::new(directory, open))?;
+            }
+            for directory in others {
+                ruleset = ruleset.add_rule(PathBeneath::new(directory, open | create))?;
             }
         }
         Domain::Helper(rules) => {
@@ -159,5 +173,68 @@ mod tests {
             assert!(judge(Some(1), allow).unwrap().is_some());
             assert_eq!(judge(Some(7), allow).unwrap(), None);
         }
+    }
+
+    /// What a broker may do to the file system, whatever its policy and its filter would let through.
+    #[test]
+    fn a_broker_makes_files_where_it_may_and_nothing_else_anywhere() {
+        use std::fs::{self, File};
+        use std::path::Path;
+        let base = tempfile::tempdir().unwrap();
+        let path = |name: &str| base.path().join(name);
+        for place in ["open", "create", "neither"] {
+            fs::create_dir(path(place)).unwrap();
+            fs::write(path(place).join("old"), "old").unwrap();
+        }
+        let directories = ["open", "create"].map(|name| File::open(path(name)).unwrap());
+        // A domain is the thread's that enters it.
+        let inside = std::thread::spawn({
+            let base = base.path().to_owned();
+            move || {
+                use std::os::fd::AsFd;
+                let [open, create] = &directories;
+                let domain = Domain::Broker {
+                    open: vec![open.as_fd()],
+                    create: vec![create.as_fd()],
+                };
+                enter(&domain, false).unwrap();
+                let attempts = |place: &Path| {
+                    let (old, new) = (place.join("old"), place.join("new"));
+                    [
+                        ("read", fs::read(&old).is_ok()),
+                        ("write", fs::write(&old, "x").is_ok()),
+                        ("make", File::create_new(&new).is_ok()),
+                        ("replace", fs::rename(&new, &old).is_ok()),
+                        ("link", fs::hard_link(&old, &new).is_ok()),
+                        ("remove", fs::remove_file(&old).is_ok()),
+                        ("sync", File::open(place).is_ok()),
+                        ("directory", fs::create_dir(place.join("d")).is_ok()),
+                        (
+                            "pipe",
+                            nix::unistd::mkfifo(&place.join("p"), nix::sys::stat::Mode::S_IRWXU)
+                                .is_ok(),
+                        ),
+                        (
+                            "symlink",
+                            std::os::unix::fs::symlink("x", place.join("l")).is_ok(),
+                        ),
+                        (
+                            "take away",
+                            fs::rename(&old, base.join("open/taken")).is_ok(),
+                        ),
+                    ]
+                };
+                ["open", "create", "neither"].map(|name| {
+                    let done = attempts(&base.join(name)).into_iter();
+                    let done = done.filter(|(_, succeeded)| *succeeded);
+                    done.map(|(what, _)| what).collect::<Vec<_>>()
+                })
+            }
+        });
+        let [open, create, neither] = inside.join().unwrap();
+        assert_eq!(open, ["read", "write"]);
+        let files = ["read", "write", "make", "replace", "link", "remove", "sync"];
+        assert_eq!(create, files);
+        assert!(neither.is_empty(), "{neither:?}");
     }
 }

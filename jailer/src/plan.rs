@@ -229,7 +229,8 @@ pub fn plan(arguments: &Arguments, facts: Facts) -> Plan {
     let api = has(GrantKind::Api) || has(GrantKind::ApiSock);
     // Requests of the API name files, too.
     let listens = has(GrantKind::Listen) || api;
-    let looks_beneath = facts.chroot_exists || !arguments.allow_open.is_empty();
+    let allows = !arguments.allow_open.is_empty() || !arguments.allow_create.is_empty();
+    let looks_beneath = facts.chroot_exists || allows;
     // No broker runs for a VM that needs none.
     let broker = listens || looks_beneath;
     let fork = (broker || arguments.new_pid_ns).then_some(Fork {
@@ -455,6 +456,7 @@ mod tests {
             ("--grant-api /l", Facts::default()),
             ("-- --api-sock /l", Facts::default()),
             ("--allow-open /o", Facts::default()),
+            ("--allow-create /o", Facts::default()),
             (
                 "",
                 Facts {

@@ -1,5 +1,7 @@
 //! Real jails around a probe, seen from inside and from outside.
 
+#[path = "support/creation.rs"]
+mod creation;
 #[path = "support/helper_jail.rs"]
 mod helper_jail;
 mod support;
@@ -580,6 +582,7 @@ fn disks_do_not_grow() {
         (&["--grant-rw", &large, "--resource-limit", "fsize=7"], "7"),
         (&["--grant-rw", &large, "--log-fd", &log], none),
         (&["--grant-rw", &large, "--allow-open", &base], none),
+        (&["--grant-rw", &large, "--allow-create", &base], none),
     ];
     for (arguments, limit) in cases {
         let running = Jail::new("growth").args(arguments).start(&["signal"]);
@@ -618,6 +621,8 @@ fn bad_input_is_one_line_and_leaves_nothing() {
         (&["--grant-listen", &listen_through], 125, "symbolic link"),
         (&["--grant-listen", &file], 125, "remove it"),
         (&["--allow-open", &through], 125, "symbolic link"),
+        (&["--allow-create", &through], 125, "symbolic link"),
+        (&["--allow-create", "/nowhere/"], 125, "/nowhere/"),
         (&["--exec-file", &through], 125, "symbolic link"),
         (&["--exec-file", "/nowhere"], 125, "/nowhere"),
         (&["--exec-file", &script], 125, "statically"),

@@ -21,6 +21,10 @@ const ARGUMENTS: &[(&str, &[&str])] = &[
     ("io_uring_register", &["fd", "opcode", "arg*", "nr_args"]),
     ("ioctl", &["fd", "request", "arg*"]),
     ("kill", &["pid", "sig"]),
+    (
+        "linkat",
+        &["olddirfd", "oldpath*", "newdirfd", "newpath*", "flags"],
+    ),
     ("madvise", &["addr*", "length*", "advice"]),
     (
         "mbind",

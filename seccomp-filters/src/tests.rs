@@ -499,6 +499,29 @@ fn a_broker_makes_unix_sockets_only() {
     }
 }
 
+#[test]
+fn a_broker_gives_names_to_files_that_it_has_and_takes_them_from_files_alone() {
+    for role in BROKERS {
+        let allows = |name, args: &[u64]| allows(role, Stage::Sealed, name, args);
+        let (empty, follow) = (libc::AT_EMPTY_PATH as u64, libc::AT_SYMLINK_FOLLOW as u64);
+        // Without the flag it would link by name, and with the other one through a symbolic link.
+        for (flags, allowed) in [(empty, true), (0, false), (follow, false)] {
+            assert_eq!(allows("linkat", &[5, 0x1000, 6, 0x2000, flags]), allowed);
+        }
+        assert!(!allows("linkat", &[5, 0x1000, 6, 0x2000, empty | follow]));
+        assert!(allows("unlinkat", &[5, 0x1000, 0]));
+        let directory = libc::AT_REMOVEDIR as u64;
+        assert!(!allows("unlinkat", &[5, 0x1000, directory]));
+        assert!(allows("renameat", &[5, 0x1000, 5, 0x2000]) && allows("fsync", &[5]));
+        for name in ["renameat2", "rename", "mkdirat", "mknodat", "symlinkat"] {
+            assert!(!allows(name, &[5, 0x1000, 5, 0x2000]), "{role:?} {name}");
+        }
+        for name in ["getdents64", "fchmod", "fchown", "ftruncate", "syncfs"] {
+            assert!(!allows(name, &[5, 0x1000]), "{role:?} {name}");
+        }
+    }
+}
+
 /// Each of the two has what it alone does, and nothing of the other's.
 #[test]
 fn only_an_unjailed_broker_listens_and_attaches_to_taps() {

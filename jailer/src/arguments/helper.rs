@@ -61,7 +61,7 @@ const CAPABILITIES: [Capability; 12] = [
 ];
 
 /// What only a VMM has.
-const VMMS: [&str; 10] = [
+const VMMS: [&str; 11] = [
     "chroot-base-dir",
     "netns",
     "new-pid-ns",
@@ -72,6 +72,7 @@ const VMMS: [&str; 10] = [
     "grant-connect",
     "grant-listen",
     "allow-open",
+    "allow-create",
 ];
 
 /// Most sockets.

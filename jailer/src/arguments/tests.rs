@@ -42,6 +42,9 @@ fn grants_have_names() {
         let arguments = good(&format!("--grant-ro {text}"));
         assert_eq!(arguments.grants[0].name, name);
         assert_eq!(arguments.grants[0].path, Path::new(path));
+        let arguments = good(&format!("--allow-create {text}"));
+        assert_eq!(arguments.allow_create[0].name, Path::new(name));
+        assert_eq!(arguments.allow_create[0].path, Path::new(path));
     }
 }
 
@@ -73,6 +76,12 @@ fn refuses_with_the_options_name() {
         ("--grant-tap a=tap0:", "1 to 8 queues"),
         ("--grant-ro /a --grant-rw /a", "/a"),
         ("--grant-append ../a", "grant-append"),
+        ("--allow-create ../a", "allow-create"),
+        ("--allow-create a=", "the path is empty"),
+        ("--allow-create =/a", "the name is empty"),
+        ("--allow-create log=/a", "the jailer's own names"),
+        ("--allow-create /a --allow-create /a", "/a"),
+        ("--allow-create a=/b --grant-rw a=/c", "granted twice"),
         ("--log-fd 2", "log-fd"),
         ("--allow-missing seccomp", "allow-missing"),
         ("--exec-file /", "exec-file"),
@@ -120,6 +129,7 @@ fn a_helpers_options_are_its_own() {
         "--grant-ro /a",
         "--grant-api /a",
         "--allow-open /a",
+        "--allow-create /a",
         "--new-pid-ns",
         "--netns /n",
     ] {

@@ -11,7 +11,7 @@ use super::{Failure, Jail, close_streams, give_up_privileges};
 use crate::broker::{self, Child};
 use crate::credentials::{self, Parent};
 use crate::error::{Context, Result, say};
-use crate::landlock::{self, Domain};
+use crate::landlock;
 use crate::plan::Step;
 use crate::root;
 
@@ -42,11 +42,10 @@ impl Stay {
                 Step::EmptyRoot => root::enter_empty(),
                 Step::Limits => credentials::limit(&arguments.limits).map(drop),
                 // The VMM's half says what this kernel lacks.
-                Step::Landlock => landlock::enter(
-                    &Domain::Broker(broker::directories(&policy)),
-                    arguments.allow_missing_landlock,
-                )
-                .map(drop),
+                Step::Landlock => {
+                    landlock::enter(&broker::domain(&policy), arguments.allow_missing_landlock)
+                        .map(drop)
+                }
                 Step::DieWithParent => credentials::die_with_parent(&Parent::Caller(jail.caller)),
                 Step::CloseStreams => close_streams(jail.null.as_ref(), jail.log.as_deref()),
                 Step::Seccomp => seal(),

@@ -143,6 +143,18 @@ fn ask(client: &mut Client, request: &str) -> Value {
                 port: port.parse().unwrap(),
             }
         }
+        Some(("create", name)) => Operation::Create { name: name.into() },
+        Some((how @ ("commit" | "discard"), name)) => {
+            let name = name.to_owned();
+            let op = match how {
+                "commit" => Operation::Commit { name },
+                _ => Operation::Discard { name },
+            };
+            return match client.order(op, WAIT) {
+                Ok(()) => json!("done"),
+                Err(error) => json!({ "error": error.to_string() }),
+            };
+        }
         Some((how, name)) => Operation::Open {
             name: name.into(),
             write: how == "write",
@@ -154,6 +166,13 @@ fn ask(client: &mut Client, request: &str) -> Value {
             let mut stream = std::os::unix::net::UnixStream::from(fd);
             stream.write_all(b"from the jail").unwrap();
             json!("connected")
+        }
+        Ok(fd) if matches!(op, Operation::Create { .. }) => {
+            let mut file = std::fs::File::from(fd);
+            match file.write_all(&[b'x'; 8192]).and_then(|()| file.sync_all()) {
+                Ok(()) => json!("made"),
+                Err(error) => json!({ "error": error.to_string() }),
+            }
         }
         Ok(fd) => {
             let mut text = String::new();

@@ -24,6 +24,7 @@ pub fn serve_sealed(role: Role) -> Result<()> {
             name: PathBuf::from("/images"),
             directory: directory()?,
             file: None,
+            create: true,
         }],
         connections: vec![ConnectTarget {
             device: "/run/v.sock".into(),
