@@ -100,6 +100,7 @@ fn a_broker_makes_files_where_it_may() {
         ("create:/in-chroot".into(), Ok("made")),
         ("commit:/in-chroot".into(), Ok("done")),
         ("read:/in-chroot".into(), Ok("xxx")),
+        ("read:snap/sub".into(), Err("neither a regular file")),
         ("create:snap/link".into(), Err("a symbolic link")),
         ("create:snap/sub".into(), Err("a directory")),
         ("create:snap/../secret".into(), Err("..")),

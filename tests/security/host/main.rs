@@ -134,7 +134,19 @@ fn a_sealed_broker_does_its_work() {
         assert_eq!(done.code, 0, "{done:#?}");
         done.assert_line("open /images/disk: ok");
         done.assert_line("connect 7: ok");
+        for done_with in [
+            "create /images/new",
+            "commit /images/new",
+            "create /images/disk",
+        ] {
+            done.assert_line(&format!("{done_with}: ok"));
+        }
+        for done_with in ["commit /images/disk", "create another", "discard it"] {
+            done.assert_line(&format!("{done_with}: ok"));
+        }
         for refused in [
+            "create /etc/new: no: ",
+            "commit /etc/new: no: ",
             "open /images/../disk: no: ",
             "open /etc/passwd: no: ",
             "connect 8: no: ",

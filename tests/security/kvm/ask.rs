@@ -27,6 +27,15 @@ fn jail() -> Jail {
     ])
 }
 
+/// Each attack must have ended as the line that begins like this.
+#[track_caller]
+fn assert_answers(cases: &[(String, &str)], stdout: &str) {
+    for ((word, answer), line) in cases.iter().zip(stdout.lines()) {
+        let wanted = format!("{word}: {answer}");
+        assert!(line.starts_with(&wanted), "{line}, not {wanted}");
+    }
+}
+
 #[test]
 fn names_lead_nowhere_else() {
     let jail = jail();
@@ -86,9 +95,93 @@ fn names_lead_nowhere_else() {
     running.close_stdin();
     let done = running.wait().unwrap();
     assert_eq!(done.code, 0, "{done:#?}");
-    for ((word, answer), line) in cases.iter().zip(done.stdout.lines()) {
-        let wanted = format!("{word}: {answer}");
-        assert!(line.starts_with(&wanted), "{line}, not {wanted}");
+    assert_answers(&cases, &done.stdout);
+}
+
+/// What lies beneath a directory in which files may be made is the machine's; all else is as it was.
+#[test]
+fn files_are_made_nowhere_else() {
+    let jail = jail();
+    jail.file("snapshots/old", "old");
+    std::os::unix::fs::symlink("../secret", jail.path("snapshots/link")).unwrap();
+    std::os::unix::fs::symlink("../tree", jail.path("snapshots/tree")).unwrap();
+    std::fs::create_dir(jail.path("snapshots/sub")).unwrap();
+    let (snapshots, user) = (jail.path("snapshots"), Some(jail.user));
+    for path in ["snapshots", "snapshots/old", "tree"] {
+        std::os::unix::fs::chown(jail.path(path), user, user).unwrap();
+    }
+    let here = jail.directory.path().display().to_string();
+    let mut jail = jail.args(&["--allow-create", &format!("s={snapshots}/")]);
+    let no = "no: ";
+    let cases = [
+        ("create:s/new".to_owned(), "made"),
+        ("commit:s/new".to_owned(), "done"),
+        ("read:s/new".to_owned(), "got \"made\""),
+        ("create:s/old".to_owned(), "made"),
+        ("create:s/old".to_owned(), no),
+        ("discard:s/old".to_owned(), "done"),
+        ("commit:s/old".to_owned(), no),
+        ("create:disk".to_owned(), no),
+        ("create:kvm".to_owned(), no),
+        (format!("create:{here}/tree/ok"), no),
+        (format!("create:{here}/tree/new"), no),
+        (format!("create:{snapshots}/new"), no),
+        (
+            "create:s/link".to_owned(),
+            "no: \"s/link\" is a symbolic link",
+        ),
+        ("create:s/sub".to_owned(), "no: \"s/sub\" is a directory"),
+        ("create:s/tree/ok".to_owned(), no),
+        ("create:s/tree/../x".to_owned(), no),
+        ("create:s/../secret".to_owned(), no),
+        ("create:s".to_owned(), no),
+        ("create:s/".to_owned(), no),
+        ("create:s/.".to_owned(), no),
+        ("create:s//etc/x".to_owned(), no),
+        ("create:s/x\\0".to_owned(), no),
+        ("create:/etc/x".to_owned(), no),
+        ("create:".to_owned(), no),
+        (format!("create:s/{}", "x".repeat(3000)), no),
+        ("commit:s/link".to_owned(), no),
+        ("discard:s/new".to_owned(), no),
+        // Four at once, and none of them ends up anywhere.
+        ("create:s/1".to_owned(), "made"),
+        ("create:s/2".to_owned(), "made"),
+        ("create:s/3".to_owned(), "made"),
+        ("create:s/4".to_owned(), "made"),
+        (
+            "create:s/5".to_owned(),
+            "no: \"s/5\" cannot be made: 4 files",
+        ),
+    ];
+    let mut words = vec!["ask"];
+    words.extend(cases.iter().map(|(word, _)| word.as_str()));
+    // Kept until it has been looked at.
+    let directory = std::mem::replace(&mut jail.directory, tempfile::tempdir().unwrap());
+    let mut running = jail.start(&words);
+    running.wait_for_line("stays").unwrap();
+    running.close_stdin();
+    let done = running.wait().unwrap();
+    assert_eq!(done.code, 0, "{done:#?}");
+    assert_answers(&cases, &done.stdout);
+    let names = |name: &str| {
+        let all = std::fs::read_dir(directory.path().join(name)).unwrap();
+        all.map(|entry| entry.unwrap().file_name().into_string().unwrap())
+            .collect::<std::collections::BTreeSet<_>>()
+    };
+    let made = ["link", "new", "old", "sub", "tree"].map(str::to_owned);
+    assert_eq!(names("snapshots"), made.into());
+    let before = ["etc", "fifo", "link", "ok", "sub"].map(str::to_owned);
+    assert_eq!(names("tree"), before.into());
+    for (file, text) in [
+        ("secret", "secret"),
+        ("snapshots/old", "old"),
+        ("tree/ok", "ok"),
+    ] {
+        assert_eq!(
+            std::fs::read_to_string(directory.path().join(file)).unwrap(),
+            text
+        );
     }
 }
 

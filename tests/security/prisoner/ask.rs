@@ -3,11 +3,12 @@
 //! Each word is one attack; one line says how it went:
 //!
 //! - `read:NAME`, `write:NAME`, `connect:DEVICE:PORT`: a request. Backslash-zero in a name stands for a NUL.
+//! - `create:NAME`, `commit:NAME`, `discard:NAME`: likewise.
 //! - `flood:COUNT:NAME`: that many requests for a file before any answer is read.
 //! - `long`, `garbage`, `gift`: no request at all; with a descriptor. Each is the last.
 
 use std::collections::BTreeSet;
-use std::io::Read;
+use std::io::{Read, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::{Duration, Instant};
 
@@ -46,6 +47,9 @@ fn attack(socket: &OwnedFd, word: &str) -> Result<String> {
                 port: port.parse()?,
             }
         }
+        "create" => Operation::Create { name },
+        "commit" => Operation::Commit { name },
+        "discard" => Operation::Discard { name },
         "flood" => {
             let (count, name) = name.split_once(':').context("COUNT:NAME")?;
             return flood(socket, count.parse()?, name);
@@ -66,6 +70,11 @@ fn attack(socket: &OwnedFd, word: &str) -> Result<String> {
     match (reply.error, descriptor) {
         (Some(why), None) => Ok(format!("no: {why}")),
         (None, Some(_)) if kind == "connect" => Ok("connected".to_owned()),
+        (None, Some(descriptor)) if kind == "create" => {
+            std::fs::File::from(descriptor).write_all(b"made")?;
+            Ok("made".to_owned())
+        }
+        (None, None) if matches!(kind, "commit" | "discard") => Ok("done".to_owned()),
         (None, Some(descriptor)) => {
             let mut text = String::new();
             std::fs::File::from(descriptor).read_to_string(&mut text)?;

@@ -6,14 +6,13 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use casemate_broker::{
-    AllowedName, BrokerPolicy, Client, ConnectTarget, Operation, spawn_unjailed,
-};
+use casemate_broker::{AllowedName, BrokerPolicy, ConnectTarget, Operation, spawn_unjailed};
 use casemate_seccomp_filters::{Role, Stage, install};
 
 const PATIENCE: Duration = Duration::from_secs(10);
 
-/// Starts a broker sealed as `role`, has it open a file, refuse another, connect, and refuse to connect.
+/// Starts a broker sealed as `role`, has it open a file, refuse another, connect, refuse to connect, and
+/// make files.
 pub fn serve_sealed(role: Role) -> Result<()> {
     let place = tempfile::tempdir()?;
     std::fs::write(place.path().join("disk"), "disk")?;
@@ -34,9 +33,14 @@ pub fn serve_sealed(role: Role) -> Result<()> {
         ..BrokerPolicy::default()
     };
     let mut client = spawn_unjailed(policy, || install(role, Stage::Sealed))?;
-    let mut ask = |what: &str, op| -> Result<()> {
-        match Client::call(&mut client, op, PATIENCE) {
-            Ok(_) => println!("{what}: ok"),
+    let mut ask = |what: &str, op: Operation| -> Result<()> {
+        let answer = if op.gives_descriptor() {
+            client.call(op, PATIENCE).map(drop)
+        } else {
+            client.order(op, PATIENCE)
+        };
+        match answer {
+            Ok(()) => println!("{what}: ok"),
             Err(casemate_broker::ClientError::Refused(why)) => println!("{what}: no: {why}"),
             Err(error) => return Err(error).with_context(|| what.to_owned()),
         }
@@ -57,5 +61,14 @@ pub fn serve_sealed(role: Role) -> Result<()> {
             Operation::Connect { device, port },
         )?;
     }
+    for name in ["/images/new", "/images/disk", "/etc/new"] {
+        let create = Operation::Create { name: name.into() };
+        ask(&format!("create {name}"), create)?;
+        let commit = Operation::Commit { name: name.into() };
+        ask(&format!("commit {name}"), commit)?;
+    }
+    let name = || "/images/given-up".to_owned();
+    ask("create another", Operation::Create { name: name() })?;
+    ask("discard it", Operation::Discard { name: name() })?;
     Ok(())
 }

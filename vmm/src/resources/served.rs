@@ -23,6 +23,8 @@ use super::{
 use crate::lockdown::{self, Role, Stage};
 use crate::virtio::net;
 
+mod creation;
+
 /// Where it comes from.
 pub struct Served {
     origin: Origin,
