@@ -2,9 +2,10 @@
 //!
 //! A file that is being made has no name at all (`O_TMPFILE`, open(2)), so that it is gone whenever and
 //! however broker and VMM end. Committing links it, or where the name is taken links it to a hidden name
-//! beside it and renames it over the other file. Where that does not work (file systems without
-//! `O_TMPFILE`; before Linux 6.10 also every process without CAP_DAC_READ_SEARCH), it has the hidden name
-//! from the start, and the broker removes that; only a SIGKILL of the broker leaves it.
+//! beside it and renames it over the other file at once: linkat(2) replaces nothing. Where that does not
+//! work (file systems without `O_TMPFILE`; before Linux 6.10 also every process without
+//! CAP_DAC_READ_SEARCH), it has the hidden name from the start. The broker removes hidden names; only a
+//! SIGKILL of the broker leaves one.
 
 use std::hash::{BuildHasher, Hasher, RandomState};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
