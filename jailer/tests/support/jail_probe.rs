@@ -24,13 +24,15 @@ fn main() {
     let table: i32 = number("--handover-fd").unwrap().parse().unwrap();
     let mut handover = Handover::from_inherited(table).unwrap();
     let words: Vec<&str> = arguments.iter().skip(5).map(String::as_str).collect();
+    // What the broker is making ends with the conversation.
+    let mut conversation = None;
     match words.as_slice() {
         ["exit", code] => std::process::exit(code.parse().unwrap()),
         ["signal"] => wait_for_signal(),
         ["broker", requests @ ..] => {
             let socket = handover.take("broker", &[Kind::Broker]).unwrap();
-            let mut client = Client::new(socket);
-            let answers: Vec<Value> = requests.iter().map(|r| ask(&mut client, r)).collect();
+            let client = conversation.insert(Client::new(socket));
+            let answers: Vec<Value> = requests.iter().map(|r| ask(client, r)).collect();
             say(&json!({ "answers": answers }));
         }
         ["misbehave"] => {
@@ -59,6 +61,7 @@ fn main() {
     }
     // Stay for whoever looks from outside.
     let _ = std::io::stdin().read_to_end(&mut Vec::new());
+    drop(conversation);
 }
 
 fn say(value: &Value) {
