@@ -41,6 +41,24 @@ fn main() {
     client.call(connect(1), wait_for).unwrap_err();
     assert!(matches!(wait().unwrap(), WaitStatus::Exited(_, 1)));
 
+    // It does what its user may, and clears up after a VMM that has gone.
+    let policy_of_all = BrokerPolicy {
+        unconfined: true,
+        ..BrokerPolicy::default()
+    };
+    let name = base.path().join("made").display().to_string();
+    let mut client = spawn_unjailed(policy_of_all, || Ok::<(), String>(())).unwrap();
+    let create = || Operation::Create { name: name.clone() };
+    let commit = Operation::Commit { name: name.clone() };
+    client.call(create(), wait_for).unwrap();
+    client.order(commit, wait_for).unwrap();
+    client.call(create(), wait_for).unwrap();
+    drop(client);
+    assert!(matches!(wait().unwrap(), WaitStatus::Exited(_, 0)));
+    let left = std::fs::read_dir(base.path()).unwrap();
+    let left: Vec<_> = left.map(|entry| entry.unwrap().file_name()).collect();
+    assert_eq!(left.len(), 2, "the socket and the file: {left:?}");
+
     std::thread::scope(|scope| {
         let refused = scope.spawn(|| spawn_unjailed(policy(), || Ok::<(), String>(())).is_err());
         assert!(refused.join().unwrap(), "forked with several threads");
