@@ -86,8 +86,8 @@ pub fn enter(domain: &Domain<'_>, allow_missing: bool) -> Result<Option<String>>
     let program: BitFlags<AccessFs> = AccessFs::Execute | AccessFs::ReadFile;
     // Truncation is decided at open, so the VMM could not shorten such a file without it.
     let open: BitFlags<AccessFs> = AccessFs::ReadFile | AccessFs::WriteFile | AccessFs::Truncate;
-    // A new name, or another file's; nothing else is made. A directory is opened to be synced: without its
-    // own right not even that, and the filter has no call that lists one.
+    // A file gets a new name, or another file's; nothing else is made. And a directory can be opened, to be
+    // synced: listing it takes the same right, but the broker's filter has no call for that.
     let create = AccessFs::MakeReg | AccessFs::RemoveFile | AccessFs::ReadDir;
     match domain {
         Domain::Vmm(file) => ruleset = ruleset.add_rule(PathBeneath::new(file, program))?,
