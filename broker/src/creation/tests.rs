@@ -24,8 +24,9 @@ fn open_directory(path: &Path) -> OwnedFd {
 
 impl Place {
     fn new() -> Self {
-        // A file system that has files without names.
-        Self::at(tempfile::tempdir_in("/dev/shm").unwrap())
+        // Best a file system that surely has files without names.
+        let base = tempfile::tempdir_in("/dev/shm").or_else(|_| tempfile::tempdir());
+        Self::at(base.unwrap())
     }
 
     fn at(base: TempDir) -> Self {
@@ -67,8 +68,8 @@ impl Place {
     }
 
     /// Makes a file with this in it, in one of the ways.
-    fn make(&self, way: usize, name: &str, text: &str) -> Creations {
-        let creation = Creation::new(&self.policy, name, WAYS[way]).unwrap();
+    fn make(&self, way: First, name: &str, text: &str) -> Creations {
+        let creation = Creation::new(&self.policy, name, way).unwrap();
         write(&creation.file, text);
         Creations(vec![creation])
     }
@@ -87,12 +88,14 @@ fn write(file: &Arc<OwnedFd>, text: &str) {
 
 #[test]
 fn a_file_has_its_name_once_it_is_committed() {
-    for way in 0..WAYS.len() {
+    for way in WAYS {
         let place = Place::new();
         let mut making = place.make(way, "/d/x", "new");
         let visible = place.names();
-        // Without a name there is nothing to see at all.
-        assert_eq!(visible.len(), way, "{visible:?}");
+        // Without a name, where this host has that for us, there is nothing to see at all.
+        let directory = fs::File::open(place.path("d")).unwrap();
+        let unnamed = way(directory.as_fd()).unwrap().is_some();
+        assert_eq!(visible.is_empty(), unnamed, "{visible:?}");
         assert!(visible.iter().all(|name| name.starts_with(".x.casemate-")));
         making.commit("/d/x").unwrap();
         assert_eq!(
@@ -122,7 +125,7 @@ fn a_file_has_its_name_once_it_is_committed() {
 
 #[test]
 fn what_is_not_committed_leaves_nothing() {
-    for way in 0..WAYS.len() {
+    for way in WAYS {
         let place = Place::new();
         fs::write(place.path("d/x"), "old").unwrap();
         let mut making = place.make(way, "/d/x", "new");
@@ -187,7 +190,7 @@ fn only_a_regular_file_is_replaced() {
         let text = place.refusal(&format!("/d/{name}"));
         assert!(text.contains(found), "{text}");
         // Nor if it comes while the file is made.
-        for way in 0..WAYS.len() {
+        for way in WAYS {
             let mut making = place.make(way, "/d/x", "new");
             fs::rename(place.path(&format!("d/{name}")), place.path("d/x")).unwrap();
             let text = making.commit("/d/x").unwrap_err().to_string();
@@ -204,7 +207,7 @@ fn only_a_regular_file_is_replaced() {
 
 #[test]
 fn a_directory_that_is_swapped_meanwhile_changes_nothing() {
-    for way in 0..WAYS.len() {
+    for way in WAYS {
         let place = Place::new();
         fs::create_dir(place.path("elsewhere")).unwrap();
         fs::write(place.path("elsewhere/x"), "old").unwrap();
@@ -249,7 +252,7 @@ fn names_are_those_that_are_allowed_and_files() {
         assert!(text.contains(word), "{name:?}: {text}");
     }
     let long = format!("/d/{}", "é".repeat(127));
-    for way in 0..WAYS.len() {
+    for way in WAYS {
         place.make(way, &long, "").commit(&long).unwrap();
     }
     let text = place.refusal(&format!("/d/{}", "x".repeat(256)));

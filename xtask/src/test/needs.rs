@@ -2,7 +2,11 @@
 
 /// Test programs, and how the names of those of their tests begin that enter a VM or build a jail: these need
 /// `/dev/kvm`, Landlock and cgroups.
-const KVM: [(&str, &str); 2] = [("casemate_vmm", "vcpu::tests::"), ("jail", "")];
+const KVM: [(&str, &str); 3] = [
+    ("casemate_vmm", "vcpu::tests::"),
+    ("casemate_jailer", "landlock::tests::a_broker_"),
+    ("jail", ""),
+];
 
 /// Whether `test` of the test program `program` needs KVM.
 pub fn kvm(program: &str, test: &str) -> bool {
