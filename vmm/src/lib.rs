@@ -1,7 +1,7 @@
 //! The Casemate virtual machine monitor: one process, one microVM.
 //!
 //! Dependencies point one way:
-//! `main → control → machine → {virtio, boot} → {bus, event_loop, memory, mmds} → kvm`.
+//! `main → control → machine → {virtio, boot, snapshot} → {bus, event_loop, memory, mmds} → kvm`.
 //! A device imports neither `kvm` nor a transport.
 
 pub mod arguments;
@@ -24,6 +24,7 @@ pub mod metrics;
 pub mod mmds;
 pub mod pci;
 pub mod resources;
+pub mod snapshot;
 #[cfg(test)]
 mod testing;
 pub mod vcpu;
@@ -40,6 +41,14 @@ pub enum Error {
     /// The jailer's table.
     #[error("--handover-fd: {0}")]
     Handover(#[from] casemate_broker::HandoverError),
+    /// A file of a snapshot that was to be described.
+    #[error("--describe-snapshot {path}: {source}")]
+    Describe {
+        /// Where it is.
+        path: String,
+        /// Why it is not described.
+        source: snapshot::describe::Error,
+    },
     /// The log's section of the config.
     #[error("logger.module: {0}")]
     Logger(#[from] logging::FilterError),

@@ -11,7 +11,9 @@ pub mod layout;
 pub mod numa;
 pub mod release;
 mod shared;
+pub mod touched;
 
+use std::fs::File;
 use std::sync::Arc;
 
 use log::warn;
@@ -121,6 +123,24 @@ pub fn allocate(size: u64) -> Result<GuestMemory, Error> {
 /// # Errors
 /// When the host refuses the mapping.
 pub fn allocate_with(size: u64, options: Options) -> Result<GuestMemory, Error> {
+    allocate_regions(&ram_regions(size), options)
+}
+
+/// Where `size` bytes of memory lie that a guest has from its start: address and length in bytes.
+pub fn ram_regions(size: u64) -> Vec<(u64, u64)> {
+    let low = size.min(layout::MMIO_HOLE_START);
+    let high = size.saturating_sub(low);
+    let regions = [(0, low), (layout::MMIO_HOLE_END, high)];
+    regions.into_iter().filter(|(_, size)| *size > 0).collect()
+}
+
+/// Maps memory of zeroes in these regions, address and length in bytes, which are whole pages in the order of
+/// addresses.
+///
+/// # Errors
+/// When they are not, or the host refuses the mapping.
+pub fn allocate_regions(regions: &[(u64, u64)], options: Options) -> Result<GuestMemory, Error> {
+    let size = total(regions);
     let mib = size >> 20;
     if options.shared && options.huge_pages == HugePages::TwoMegabytes {
         return Err(Error::SharedHugePages);
@@ -134,21 +154,10 @@ pub fn allocate_with(size: u64, options: Options) -> Result<GuestMemory, Error> 
             _ => "",
         },
     })?;
-    let low = size.min(layout::MMIO_HOLE_START);
-    let high = size.saturating_sub(low);
-    let regions = [(0, low, 0), (layout::MMIO_HOLE_END, high, low)]
-        .into_iter()
-        .filter(|(_, size, _)| *size > 0)
-        .map(|(start, length, offset)| {
-            let place = file.as_ref();
-            let place = place.map(|file| FileOffset::from_arc(Arc::clone(file), offset));
-            region(GuestAddress(start), length, place, size, options)
-        })
-        .collect::<Result<Vec<_>, _>>()?;
-    let memory = GuestMemoryMmap::from_regions(regions);
-    let memory = memory
-        .map_err(|source| Error::Regions { mib, source })?
-        .into();
+    let memory = put_together(regions, options, |offset| match &file {
+        Some(file) => Backing::Shared(FileOffset::from_arc(Arc::clone(file), offset)),
+        None => Backing::Anonymous,
+    })?;
     if options.huge_pages == HugePages::Transparent
         && let Err(error) = huge::advise_all(&memory)
     {
@@ -157,21 +166,81 @@ pub fn allocate_with(size: u64, options: Options) -> Result<GuestMemory, Error> 
     Ok(memory)
 }
 
+/// Maps regions of `file`, which lie there one behind the other: what the guest has not written is the file's, and
+/// what it writes never gets there (MAP_PRIVATE). The file is as long; were it to become shorter, an access to
+/// what is gone would be a SIGBUS. Of `options`, only whether writes are tracked means anything.
+///
+/// # Errors
+/// When the host refuses the mapping.
+pub fn map_file(
+    file: &Arc<File>,
+    regions: &[(u64, u64)],
+    options: Options,
+) -> Result<GuestMemory, Error> {
+    let options = Options {
+        track_dirty_pages: options.track_dirty_pages,
+        ..Options::default()
+    };
+    put_together(regions, options, |offset| {
+        Backing::Private(FileOffset::from_arc(Arc::clone(file), offset))
+    })
+}
+
+/// What pages come from.
+enum Backing {
+    /// Nowhere: they are zero.
+    Anonymous,
+    /// A file that others map, too.
+    Shared(FileOffset),
+    /// A file that is only read.
+    Private(FileOffset),
+}
+
+/// Mappings for regions that lie in their backing one behind the other.
+fn put_together(
+    regions: &[(u64, u64)],
+    options: Options,
+    backing: impl Fn(u64) -> Backing,
+) -> Result<GuestMemory, Error> {
+    let size = total(regions);
+    let mut offset = 0_u64;
+    let map = |&(start, length): &(u64, u64)| {
+        let place = backing(offset);
+        offset = offset.saturating_add(length);
+        region(GuestAddress(start), length, place, size, options)
+    };
+    let regions = regions.iter().map(map).collect::<Result<Vec<_>, _>>()?;
+    let memory = GuestMemoryMmap::from_regions(regions);
+    let memory = memory.map_err(|source| Error::Regions {
+        mib: size >> 20,
+        source,
+    })?;
+    Ok(memory.into())
+}
+
+fn total(regions: &[(u64, u64)]) -> u64 {
+    let lengths = regions.iter().map(|(_, length)| *length);
+    lengths.fold(0, u64::saturating_add)
+}
+
 /// One mapping, of the `all` bytes of a guest.
 fn region(
     start: GuestAddress,
     length: u64,
-    place: Option<FileOffset>,
+    backing: Backing,
     all: u64,
     options: Options,
 ) -> Result<GuestRegionMmap<DirtyPages>, Error> {
     let mib = all >> 20;
     let length = usize::try_from(length).map_err(|_| Error::TooLarge(mib))?;
     let pool = options.huge_pages == HugePages::TwoMegabytes;
-    let flags = match (&place, pool) {
-        (Some(_), _) => libc::MAP_SHARED | libc::MAP_NORESERVE,
-        (None, false) => libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE,
-        (None, true) => {
+    let flags = match (&backing, pool) {
+        (Backing::Shared(_), _) => libc::MAP_SHARED | libc::MAP_NORESERVE,
+        (Backing::Private(_), _) => libc::MAP_PRIVATE | libc::MAP_NORESERVE,
+        (Backing::Anonymous, false) => {
+            libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE
+        }
+        (Backing::Anonymous, true) => {
             libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_HUGETLB | libc::MAP_HUGE_2MB
         }
     };
@@ -183,7 +252,7 @@ fn region(
     let mut mapping = MmapRegionBuilder::new_with_bitmap(length, pages)
         .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
         .with_mmap_flags(flags);
-    if let Some(place) = place {
+    if let Backing::Shared(place) | Backing::Private(place) = backing {
         mapping = mapping.with_file_offset(place);
     }
     let mapping = mapping.build();
