@@ -76,6 +76,20 @@ impl AcpiRegisters {
         self.raise(Event::PowerButton);
     }
 
+    /// What the guest has not been told yet: bits of [`Event`].
+    pub fn pending(&self) -> u32 {
+        self.pending.load(Ordering::SeqCst)
+    }
+
+    /// Has the guest told what was pending on another machine.
+    pub fn restore(&self, pending: u32) {
+        self.pending.fetch_or(pending, Ordering::SeqCst);
+        if pending != 0 {
+            // As above.
+            let _ = self.line.trigger();
+        }
+    }
+
     /// Tells the guest of `event`.
     pub fn raise(&self, event: Event) {
         // First the bit: the guest's handler reads it when the interrupt comes.

@@ -9,6 +9,7 @@
 use std::sync::atomic::{Ordering, fence};
 use std::sync::{Arc, Mutex, PoisonError};
 
+use serde::{Deserialize, Serialize};
 use thiserror::Error;
 use vm_memory::{Bytes, GuestAddress};
 
@@ -44,8 +45,10 @@ pub struct Error {
     source: vm_memory::GuestMemoryError,
 }
 
-#[derive(Default)]
-struct State {
+/// The numbers on the page.
+#[derive(Clone, Copy, Debug, Default, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct State {
     sequence: u32,
     disruption: u64,
     generation: u64,
@@ -76,6 +79,21 @@ impl ClockPage {
         page.write(field::COUNTER_ID, &[COUNTER_INVALID])?;
         page.write(field::FLAGS, &FLAGS.to_le_bytes())?;
         Ok(page)
+    }
+
+    /// The numbers on the page.
+    pub fn save(&self) -> State {
+        *self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Goes on from the numbers of another machine's page, at the next [`ClockPage::disrupt`].
+    pub fn restore(&self, saved: State) {
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        *state = State {
+            // Nobody is writing.
+            sequence: saved.sequence & !1,
+            ..saved
+        };
     }
 
     /// Says that time has jumped and that the machine may be one of several, and tells the guest. To be called

@@ -6,6 +6,7 @@
 use std::sync::{Arc, Mutex, PoisonError};
 use std::{io, mem};
 
+use serde::{Deserialize, Serialize};
 use vm_superio::Trigger;
 use vmm_sys_util::eventfd::EventFd;
 
@@ -40,7 +41,7 @@ const NO_MOUSE: u8 = 1;
 const OUTPUT_PORT: u8 = 0b11;
 
 /// Whom the next byte at the data port is for.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, Deserialize, PartialEq, Eq, Serialize)]
 enum Recipient {
     #[default]
     Keyboard,
@@ -50,8 +51,10 @@ enum Recipient {
     Nobody,
 }
 
-#[derive(Debug)]
-struct State {
+/// The controller and its keyboard, as plain data.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct State {
     configuration: u8,
     recipient: Recipient,
     /// The controller's own answer, which is read before what the keyboard says.
@@ -139,6 +142,26 @@ impl I8042 {
             ends,
             metrics: Arc::default(),
         })
+    }
+
+    /// The controller and its keyboard, as plain data.
+    pub fn save(&self) -> State {
+        let state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        state.clone()
+    }
+
+    /// Becomes what `saved` says. False, with nothing changed, where the keyboard has more to say than one can have.
+    pub fn restore(&self, saved: &State) -> bool {
+        let Some(keyboard) = Keyboard::restored(&saved.keyboard) else {
+            return false;
+        };
+        self.change(|state| {
+            *state = State {
+                keyboard,
+                ..saved.clone()
+            };
+        });
+        true
     }
 
     /// The keyboard's interrupt.

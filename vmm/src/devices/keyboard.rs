@@ -5,6 +5,8 @@
 
 use std::collections::VecDeque;
 
+use serde::{Deserialize, Serialize};
+
 /// What waits to be read: the keyboard sends nothing more until there is room.
 const CAPACITY: usize = 16;
 
@@ -21,7 +23,7 @@ const ID: [u8; 2] = [0xab, 0x83];
 const SET_2: u8 = 2;
 
 /// Commands that are followed by a parameter.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq, Serialize)]
 enum Awaited {
     /// Lights, or the repeat rate: of no consequence here.
     Ignored,
@@ -30,7 +32,8 @@ enum Awaited {
 }
 
 /// The keyboard.
-#[derive(Debug)]
+#[derive(Clone, Debug, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
 pub struct Keyboard {
     output: VecDeque<u8>,
     awaited: Option<Awaited>,
@@ -46,6 +49,17 @@ impl Keyboard {
             awaited: None,
             scanning: false,
         }
+    }
+
+    /// A saved one, if it has no more to say than one can have.
+    pub fn restored(saved: &Self) -> Option<Self> {
+        if saved.output.len() > CAPACITY {
+            return None;
+        }
+        let mut keyboard = Self::new();
+        keyboard.output.extend(&saved.output);
+        (keyboard.awaited, keyboard.scanning) = (saved.awaited, saved.scanning);
+        Some(keyboard)
     }
 
     /// True while a byte waits.

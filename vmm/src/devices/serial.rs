@@ -12,8 +12,9 @@ use std::sync::{Arc, Mutex, PoisonError, TryLockError};
 
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, poll};
+use serde::{Deserialize, Serialize};
 use vm_superio::Serial;
-use vm_superio::serial::SerialEvents;
+use vm_superio::serial::{SerialEvents, SerialState};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::Line;
@@ -104,6 +105,21 @@ pub enum Offer {
     Busy,
 }
 
+/// The port's registers and what was typed and not read yet, as plain data.
+#[derive(Debug, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct SavedSerial {
+    baud_divisor: [u8; 2],
+    interrupt_enable: u8,
+    interrupt_identification: u8,
+    line_control: u8,
+    line_status: u8,
+    modem_control: u8,
+    modem_status: u8,
+    scratch: u8,
+    typed: Vec<u8>,
+}
+
 /// The port.
 pub struct SerialPort {
     device: Mutex<Serial<Line, Room, Output>>,
@@ -118,6 +134,10 @@ impl SerialPort {
     /// # Errors
     /// When the kernel gives no eventfd.
     pub fn new(options: SerialOptions) -> io::Result<Self> {
+        Self::with(options, &SerialState::default())
+    }
+
+    fn with(options: SerialOptions, state: &SerialState) -> io::Result<Self> {
         let metrics = Arc::<UartMetrics>::default();
         let output = Output {
             file: options.output,
@@ -131,12 +151,54 @@ impl SerialPort {
         let interrupt = line.try_clone()?;
         let room = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
         let events = Room(room.try_clone()?);
+        let device = Serial::from_state(state, line, events, output);
+        let device = device.map_err(|error| io::Error::other(format!("{error:?}")))?;
         Ok(Self {
-            device: Mutex::new(Serial::with_events(line, events, output)),
+            device: Mutex::new(device),
             interrupt,
             room,
             metrics,
         })
+    }
+
+    /// The port as plain data.
+    pub fn save(&self) -> SavedSerial {
+        let device = self.device.lock().unwrap_or_else(PoisonError::into_inner);
+        let state = device.state();
+        SavedSerial {
+            baud_divisor: [state.baud_divisor_low, state.baud_divisor_high],
+            interrupt_enable: state.interrupt_enable,
+            interrupt_identification: state.interrupt_identification,
+            line_control: state.line_control,
+            line_status: state.line_status,
+            modem_control: state.modem_control,
+            modem_status: state.modem_status,
+            scratch: state.scratch,
+            typed: state.in_buffer,
+        }
+    }
+
+    /// A port that goes on from a saved one.
+    ///
+    /// # Errors
+    /// When the kernel gives no eventfd, or more was typed than it has room for.
+    pub fn restored(options: SerialOptions, saved: &SavedSerial) -> io::Result<Self> {
+        let [baud_divisor_low, baud_divisor_high] = saved.baud_divisor;
+        Self::with(
+            options,
+            &SerialState {
+                baud_divisor_low,
+                baud_divisor_high,
+                interrupt_enable: saved.interrupt_enable,
+                interrupt_identification: saved.interrupt_identification,
+                line_control: saved.line_control,
+                line_status: saved.line_status,
+                modem_control: saved.modem_control,
+                modem_status: saved.modem_status,
+                scratch: saved.scratch,
+                in_buffer: saved.typed.clone(),
+            },
+        )
     }
 
     /// Its interrupt.

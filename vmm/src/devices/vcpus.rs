@@ -15,6 +15,7 @@
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use serde::{Deserialize, Serialize};
 use thiserror::Error;
 use vm_superio::Trigger;
 use vmm_sys_util::eventfd::EventFd;
@@ -52,8 +53,10 @@ pub fn first(count: u8) -> VcpuSet {
     u32::MAX.checked_shr(absent).unwrap_or(0)
 }
 
-#[derive(Clone, Copy, Debug, Default)]
-struct State {
+/// The registers as plain data.
+#[derive(Clone, Copy, Debug, Default, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct State {
     present: VcpuSet,
     added: VcpuSet,
     leaving: VcpuSet,
@@ -102,6 +105,27 @@ impl VcpuRegisters {
             events,
             ejected: Line::new()?,
         })
+    }
+
+    /// The registers as plain data.
+    pub fn save(&self) -> State {
+        *self.state()
+    }
+
+    /// Becomes what `saved` says. False, with nothing changed, where that has other vCPUs than there can be.
+    pub fn restore(&self, saved: State) -> bool {
+        let State {
+            present,
+            added,
+            leaving,
+            asked,
+            returning,
+        } = saved;
+        let known = (present | added | leaving | asked | returning) & !first(self.most) == 0;
+        if known && present & FIRST != 0 {
+            *self.state() = saved;
+        }
+        known && present & FIRST != 0
     }
 
     /// Which vCPUs there are: the guest may run on them.

@@ -181,6 +181,56 @@ impl MachineCpuid {
     }
 }
 
+/// Leaves whose bits are features, and of which registers.
+const FEATURES: [(u32, u32, [bool; 4]); 8] = [
+    (0x1, 0, [false, false, true, true]),
+    (0x7, 0, [false, true, true, true]),
+    (0x7, 1, [true, true, true, true]),
+    (0x7, 2, [false, false, false, true]),
+    (0xd, 0, [true, false, false, true]),
+    (0xd, 1, [true, false, true, true]),
+    (0x8000_0001, 0, [false, false, true, true]),
+    (0x8000_0008, 0, [false, true, false, false]),
+];
+/// OSXSAVE in ECX of leaf 1: a copy of a bit of CR4.
+const OSXSAVE: u32 = 1 << 27;
+
+/// Whether a vCPU that reads `entries` finds on this host what it was told of: what a new one would be told of `here`.
+///
+/// # Errors
+/// When not: the first leaf with a feature that is not.
+pub fn check_features(entries: &[kvm_cpuid_entry2], here: &CpuId) -> Result<(), Error> {
+    for (leaf, subleaf, which) in FEATURES {
+        let is_it = |e: &&kvm_cpuid_entry2| (e.function, e.index) == (leaf, subleaf);
+        let registers = |entry: &kvm_cpuid_entry2| [entry.eax, entry.ebx, entry.ecx, entry.edx];
+        let Some(saved) = entries.iter().find(is_it).map(registers) else {
+            continue;
+        };
+        let here = here.as_slice().iter().find(is_it);
+        let here = here.map(registers).unwrap_or_default();
+        let names = ["EAX", "EBX", "ECX", "EDX"];
+        for (((saved, here), register), is_feature) in
+            saved.into_iter().zip(here).zip(names).zip(which)
+        {
+            let ignored = if (leaf, register) == (1, "ECX") {
+                OSXSAVE
+            } else {
+                0
+            };
+            let bits = saved & !here & !ignored;
+            if is_feature && bits != 0 {
+                return Err(Error::MissingFeatures {
+                    leaf,
+                    subleaf,
+                    register,
+                    bits,
+                });
+            }
+        }
+    }
+    Ok(())
+}
+
 /// What of the host decides on more than one leaf.
 struct Host {
     is_amd: bool,

@@ -1,8 +1,6 @@
 //! A vCPU as a debugger has it: a handle beside that of the thread which runs it. Its calls wait while that thread is
 //! in the guest, so the vCPU is to be paused first.
 
-use std::os::fd::{AsRawFd as _, BorrowedFd, IntoRawFd as _};
-
 use kvm_bindings::{
     KVM_CAP_SET_GUEST_DEBUG2, KVM_GUESTDBG_BLOCKIRQ, KVM_GUESTDBG_ENABLE, KVM_GUESTDBG_INJECT_DB,
     KVM_GUESTDBG_SINGLESTEP, KVM_GUESTDBG_USE_HW_BP, kvm_fpu, kvm_guest_debug, kvm_regs, kvm_sregs,
@@ -38,15 +36,9 @@ impl Vm {
         let flags = self.fd.check_extension_raw(KVM_CAP_SET_GUEST_DEBUG2.into());
         let flags = u32::try_from(flags).unwrap_or(0);
         let handle = |vcpu: &Vcpu| {
-            let action = "share a vCPU with its debugger";
-            // SAFETY: the descriptor is open as long as the vCPU.
-            let vcpu = unsafe { BorrowedFd::borrow_raw(vcpu.fd.as_raw_fd()) };
-            let copy = vcpu.try_clone_to_owned();
-            let copy = copy.map_err(|source| Error::Ioctl { action, source })?;
-            // SAFETY: the descriptor is a vCPU's of this machine, and owned by nobody else.
-            let fd = unsafe { self.fd.create_vcpu_from_rawfd(copy.into_raw_fd()) };
+            let fd = self.second_handle(vcpu, "share a vCPU with its debugger")?;
             Ok(DebugVcpu {
-                fd: fd.map_err(failed(action))?,
+                fd,
                 blocks_interrupts: flags & KVM_GUESTDBG_BLOCKIRQ != 0,
             })
         };

@@ -12,6 +12,7 @@ mod irq;
 mod kick;
 pub mod msr;
 mod registers;
+pub mod state;
 mod vcpu;
 mod vm;
 
@@ -19,6 +20,7 @@ use thiserror::Error;
 
 pub use kick::{install_kick_handler, kick_signal};
 pub use msr::MsrChange;
+pub use state::{StateReader, VcpuState, VmState};
 pub use vcpu::{Access, Exit, Vcpu};
 pub use vm::{MsiPort, Vm};
 
@@ -66,6 +68,20 @@ pub enum Error {
         index: u32,
         /// What was tried: "read" or "set to …".
         action: String,
+    },
+    /// A vCPU that was saved has a feature that this host's have not.
+    #[error(
+        "the snapshot's CPU has features that this host does not offer: CPUID leaf {leaf:#x}.{subleaf:#x} {register} bits {bits:#x}; restore it on a CPU that has them, or snapshot machines with a CPU template that hides them"
+    )]
+    MissingFeatures {
+        /// The leaf.
+        leaf: u32,
+        /// The subleaf.
+        subleaf: u32,
+        /// In which register.
+        register: &'static str,
+        /// Which bits.
+        bits: u32,
     },
     /// A list for KVM is longer than it can be.
     #[error("KVM: too many entries in the {0} table")]

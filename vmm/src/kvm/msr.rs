@@ -20,22 +20,45 @@ const BOOT_MSRS: [(u32, u64); 2] = [(MISC_ENABLE, 1), (MTRR_DEF_TYPE, 1 << 11 | 
 /// # Errors
 /// When the call itself fails.
 pub(super) fn set_boot_msrs(vcpu: &VcpuFd) -> Result<(), Error> {
-    let refused = set_each(&BOOT_MSRS, |entries| {
-        let list: Vec<_> = entries
-            .iter()
-            .map(|(index, data)| kvm_msr_entry {
-                index: *index,
-                data: *data,
-                ..Default::default()
-            })
-            .collect();
-        let list = Msrs::from_entries(&list).map_err(|_| Error::TooManyEntries("MSR"))?;
-        vcpu.set_msrs(&list).map_err(failed("set MSRs"))
-    })?;
-    for (index, data) in refused {
+    for (index, data) in set_list(vcpu, &BOOT_MSRS)? {
         warn!("KVM refuses to set MSR {index:#x} to {data:#x}: the guest starts without");
     }
     Ok(())
+}
+
+/// Sets those of a vCPU that was saved. One that this host refuses and that has that value anyway is fine.
+///
+/// # Errors
+/// When the call itself fails.
+pub(super) fn restore(vcpu: &VcpuFd, msrs: &[(u32, u64)]) -> Result<(), Error> {
+    for (index, data) in set_list(vcpu, msrs)? {
+        let mut now = list([(index, 0)])?;
+        let read = vcpu.get_msrs(&mut now).map_err(failed("read MSRs"))?;
+        let same = now.as_slice().first().is_some_and(|now| now.data == data);
+        if read != 1 || !same {
+            warn!("KVM refuses to set MSR {index:#x} to {data:#x}: the guest goes on without");
+        }
+    }
+    Ok(())
+}
+
+/// Sets `msrs`, and returns those that KVM refused.
+fn set_list(vcpu: &VcpuFd, msrs: &[(u32, u64)]) -> Result<Vec<(u32, u64)>, Error> {
+    set_each(msrs, |entries| {
+        let list = list(entries.iter().copied())?;
+        vcpu.set_msrs(&list).map_err(failed("set MSRs"))
+    })
+}
+
+/// The list of them as KVM has it.
+pub(super) fn list(msrs: impl IntoIterator<Item = (u32, u64)>) -> Result<Msrs, Error> {
+    let entry = |(index, data)| kvm_msr_entry {
+        index,
+        data,
+        ..Default::default()
+    };
+    let entries: Vec<_> = msrs.into_iter().map(entry).collect();
+    Msrs::from_entries(&entries).map_err(|_| Error::TooManyEntries("MSR"))
 }
 
 /// Bits of a register that change.
@@ -56,26 +79,17 @@ pub struct MsrChange {
 pub(super) fn change(vcpu: &VcpuFd, changes: &[MsrChange]) -> Result<(), Error> {
     for &MsrChange { index, mask, value } in changes {
         let refused = |action: String| Error::Msr { index, action };
-        let mut list = one(index, 0)?;
-        let read = vcpu.get_msrs(&mut list).map_err(failed("read MSRs"))?;
-        let before = list.as_slice().first().filter(|_| read == 1);
+        let mut now = list([(index, 0)])?;
+        let read = vcpu.get_msrs(&mut now).map_err(failed("read MSRs"))?;
+        let before = now.as_slice().first().filter(|_| read == 1);
         let before = before.ok_or_else(|| refused("read".to_owned()))?.data;
         let after = before & !mask | value;
-        let set = vcpu.set_msrs(&one(index, after)?);
+        let set = vcpu.set_msrs(&list([(index, after)])?);
         if set.map_err(failed("set MSRs"))? != 1 {
             return Err(refused(format!("set to {after:#x}")));
         }
     }
     Ok(())
-}
-
-fn one(index: u32, data: u64) -> Result<Msrs, Error> {
-    let entry = kvm_msr_entry {
-        index,
-        data,
-        ..Default::default()
-    };
-    Msrs::from_entries(&[entry]).map_err(|_| Error::TooManyEntries("MSR"))
 }
 
 /// Sets `entries` by `set`, which stops at the first one that it refuses and says how many it has set.

@@ -24,7 +24,7 @@ const API_VERSION: i32 = 12;
 
 /// A virtual machine.
 pub struct Vm {
-    kvm: Kvm,
+    pub(super) kvm: Kvm,
     pub(super) fd: Arc<VmFd>,
     /// What the memslots point to: mapped as long as the machine can touch it.
     memory: Option<GuestMemory>,

@@ -104,6 +104,11 @@ impl FunctionConfig {
         }
     }
 
+    /// All of it.
+    pub fn bytes(&self) -> &[u8] {
+        &self.bytes
+    }
+
     /// Reads at `offset`.
     pub fn read(&self, offset: usize, data: &mut [u8]) {
         data.fill(0);

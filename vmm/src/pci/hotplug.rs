@@ -15,6 +15,7 @@
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use serde::{Deserialize, Serialize};
 use vm_superio::Trigger;
 use vmm_sys_util::eventfd::EventFd;
 
@@ -29,14 +30,23 @@ const ADDED: u64 = 0;
 const LEAVING: u64 = 4;
 const EJECT: u64 = 8;
 
-#[derive(Clone, Copy, Debug, Default)]
-struct State {
+/// The registers as plain data.
+#[derive(Clone, Copy, Debug, Default, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct State {
     added: u32,
     leaving: u32,
     /// Was asked to go, whether the guest has seen it or not.
     asked: u32,
     /// Was let go; the control thread has not seen it yet.
     gone: u32,
+}
+
+impl State {
+    /// Whether the guest has let go of a device that the control thread has not taken away yet.
+    pub fn is_leaving(self) -> bool {
+        self.gone != 0
+    }
 }
 
 /// The registers.
@@ -64,6 +74,22 @@ impl HotplugRegisters {
     /// Becomes readable when the guest has let go of devices.
     pub fn ejected(&self) -> &EventFd {
         &self.ejected
+    }
+
+    /// The registers as plain data.
+    pub fn save(&self) -> State {
+        *self.state()
+    }
+
+    /// Becomes what `saved` says. False, with nothing changed, where that is of devices which are not there.
+    pub fn restore(&self, saved: State) -> bool {
+        let there = (0..SLOTS).filter(|slot| self.bus.function(*slot).is_some());
+        let there = there.fold(0, |all, slot| all | bit(slot));
+        let known = (saved.added | saved.leaving | saved.asked) & !there == 0 && saved.gone == 0;
+        if known {
+            *self.state() = saved;
+        }
+        known
     }
 
     /// Puts `function` in `slot`, which is free, and tells the guest.

@@ -4,6 +4,8 @@ use std::io;
 use std::sync::Arc;
 
 use log::Level;
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
 use thiserror::Error;
 
 use super::config_space::ConfigSpace;
@@ -22,7 +24,7 @@ pub const EVENT_IDX: u64 = 1 << 29;
 pub const VERSION_1: u64 = 1 << 32;
 
 /// Device types (section 5).
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq, Serialize)]
 #[repr(u32)]
 pub enum DeviceType {
     /// Network card (section 5.1).
@@ -103,6 +105,17 @@ pub enum Error {
     },
 }
 
+/// Why a device does not go on from a saved one.
+#[derive(Debug, Error)]
+pub enum RestoreError {
+    /// It is not what this kind of device saves.
+    #[error(transparent)]
+    Malformed(#[from] serde_json::Error),
+    /// It is, and makes no sense.
+    #[error("{0}")]
+    Nonsense(&'static str),
+}
+
 /// A virtio device. It knows no transport and no KVM, and lives on a device thread.
 ///
 /// State moves in one way: [`stop`](VirtioDevice::stop) turns the running device into plain data,
@@ -126,6 +139,29 @@ pub trait VirtioDevice: Send {
     /// Stops, with nothing in flight and no descriptor watched afterwards, and returns its queues.
     /// Does nothing, and returns none, while stopped.
     fn stop(&mut self) -> QueueStates;
+
+    /// Its queues with nothing in flight, for the device of another machine to start from; this one goes on afterwards.
+    /// None while stopped.
+    fn hold(&mut self) -> Option<QueueStates>;
+
+    /// What it is beyond its config and its queues, for [`restore`](VirtioDevice::restore).
+    fn save(&self) -> Value {
+        Value::Null
+    }
+
+    /// Becomes, while stopped and before its first start, what the device of another machine was: of the same config, as its
+    /// [`save`](VirtioDevice::save) said.
+    ///
+    /// # Errors
+    /// When that is nothing that it can be.
+    fn restore(&mut self, _: &Value) -> Result<(), RestoreError> {
+        Ok(())
+    }
+
+    /// Why it cannot be on another machine, if so.
+    fn obstacle(&self) -> Option<&'static str> {
+        None
+    }
 
     /// Does what `event` asks for: a bounded amount of it. `More` brings the same event again.
     ///

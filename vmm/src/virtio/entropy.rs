@@ -67,6 +67,10 @@ impl VirtioDevice for Entropy {
             .unwrap_or_default()
     }
 
+    fn hold(&mut self) -> Option<QueueStates> {
+        self.running.as_ref().map(|(queues, _)| states(queues))
+    }
+
     fn handle(&mut self, _: Event) -> Result<Progress, device::Error> {
         let Some(([Some(queue), ..], io)) = &mut self.running else {
             return Ok(Progress::Done);

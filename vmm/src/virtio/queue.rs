@@ -4,6 +4,7 @@
 
 use std::time::Instant;
 
+use serde::{Deserialize, Serialize};
 use thiserror::Error;
 use virtio_queue::{Queue as Ring, QueueOwnedT as _, QueueT as _};
 use vm_memory::{Bytes as _, GuestAddress, GuestMemory as _, Permissions};
@@ -15,7 +16,8 @@ use crate::memory::GuestMemory;
 pub const MAX_QUEUES: usize = 17;
 
 /// All that a queue is, as plain data. A fresh one has both indices zero.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq, Serialize)]
+#[serde(deny_unknown_fields)]
 pub struct QueueState {
     /// Number of descriptors: a power of two.
     pub size: u16,

@@ -24,6 +24,8 @@ enum Request {
     Add(Arc<Endpoint>, Box<dyn VirtioDevice>),
     Remove(u16),
     Update(u16, Update),
+    Hold,
+    Restore(Vec<Restored>),
 }
 
 /// What comes of it.
@@ -32,6 +34,8 @@ enum Response {
     Added(Result<u16, event_loop::Error>),
     Removed(Option<Box<dyn VirtioDevice>>),
     Updated(Result<Answer, UpdateError>),
+    Held(Vec<SavedDevice>, Held),
+    Restored(Result<(), RestoreFailed>),
 }
 
 /// The control thread's way to the devices on a device thread. Every call waits for its answer.
@@ -77,6 +81,29 @@ impl WorkerHandle {
         match self.0.ask(Request::Add(endpoint, device)) {
             Some(Response::Added(result)) => Some(result),
             _ => None,
+        }
+    }
+
+    /// Has every device finish what it has in flight and save itself. The devices touch nothing from then on, until
+    /// [`Held`] is dropped. None when the thread has ended.
+    pub fn hold(&self) -> Option<(Vec<SavedDevice>, Held)> {
+        match self.0.ask(Request::Hold) {
+            Some(Response::Held(devices, held)) => Some((devices, held)),
+            _ => None,
+        }
+    }
+
+    /// Has devices that have never run go on from saved ones, and those start that ran.
+    ///
+    /// # Errors
+    /// The first one that cannot.
+    pub fn restore(&self, devices: Vec<Restored>) -> Result<(), RestoreFailed> {
+        match self.0.ask(Request::Restore(devices)) {
+            Some(Response::Restored(result)) => result,
+            _ => Err(RestoreFailed {
+                index: 0,
+                source: "the device thread has ended".into(),
+            }),
         }
     }
 
@@ -293,6 +320,8 @@ impl DeviceWorker {
             return;
         };
         let response = match request {
+            Request::Hold => return self.hold(),
+            Request::Restore(devices) => Response::Restored(self.restore(devices)),
             Request::Run(job) => {
                 job();
                 Response::Ran
@@ -427,6 +456,9 @@ fn queues(
     }
     Ok(queues)
 }
+
+mod saving;
+pub use saving::{Held, RestoreFailed, Restored, SavedDevice};
 
 #[cfg(test)]
 #[path = "worker_tests.rs"]

@@ -33,6 +33,9 @@ impl VirtioDevice for Busy {
     fn stop(&mut self) -> QueueStates {
         QueueStates::default()
     }
+    fn hold(&mut self) -> Option<QueueStates> {
+        None
+    }
     fn handle(&mut self, _: Event) -> Result<Progress, device::Error> {
         self.turns.lock().unwrap().push(self.name);
         Ok((self.progress)())

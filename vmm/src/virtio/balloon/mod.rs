@@ -18,6 +18,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use log::log;
+use serde::Deserialize;
+use serde_json::{Value, json};
 use thiserror::Error;
 
 use self::hinting::Hinting;
@@ -27,7 +29,8 @@ pub use self::statistics::Statistics;
 use super::chain::{self, Chain};
 use super::config_space::ConfigSpace;
 use super::device::{
-    self, DeviceIo, DeviceType, Event, LogBudget, Queues, Traits, VirtioDevice, states,
+    self, DeviceIo, DeviceType, Event, LogBudget, Queues, RestoreError, Traits, VirtioDevice,
+    states,
 };
 use super::queue::{Progress, QueueStates, Signal, Verdict};
 use super::update::{Answer, Update, UpdateError};
@@ -169,6 +172,12 @@ pub struct Balloon {
     metrics: Arc<BalloonMetrics>,
 }
 
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Saved {
+    actual: u32,
+}
+
 struct Running {
     queues: Queues,
     features: u64,
@@ -297,6 +306,22 @@ impl VirtioDevice for Balloon {
         self.hinting.reset();
         let running = self.running.take();
         running.map(|r| states(&r.queues)).unwrap_or_default()
+    }
+
+    /// The statistics buffer that the device keeps is one that it has not taken from its ring yet.
+    fn hold(&mut self) -> Option<QueueStates> {
+        self.running.as_ref().map(|running| states(&running.queues))
+    }
+
+    /// What the driver says that it has put in. Its run of hints is over on another machine.
+    fn save(&self) -> Value {
+        json!({ "actual": self.config.u32_at(ACTUAL_OFFSET as u64) })
+    }
+
+    fn restore(&mut self, saved: &Value) -> Result<(), RestoreError> {
+        let Saved { actual } = Saved::deserialize(saved)?;
+        self.config.set(ACTUAL_OFFSET, &actual.to_le_bytes());
+        Ok(())
     }
 
     fn handle(&mut self, event: Event) -> Result<Progress, device::Error> {

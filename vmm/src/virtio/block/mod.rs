@@ -370,6 +370,15 @@ impl VirtioDevice for Block {
         states(&queues)
     }
 
+    fn hold(&mut self) -> Option<QueueStates> {
+        self.drain();
+        let (queues, io) = self.running.as_ref()?;
+        if let Some(ring) = &mut self.ring {
+            ring.start(io.memory.clone());
+        }
+        Some(states(queues))
+    }
+
     fn handle(&mut self, event: Event) -> Result<Progress, device::Error> {
         match event {
             Event::Queue(index) => self.process(index),

@@ -179,6 +179,11 @@ impl VirtioDevice for Console {
         states(&queues)
     }
 
+    /// A chain that has been said in part is said again from its start.
+    fn hold(&mut self) -> Option<QueueStates> {
+        self.running.as_ref().map(|(queues, _)| states(queues))
+    }
+
     fn handle(&mut self, event: Event) -> Result<Progress, device::Error> {
         match event {
             Event::Queue(RECEIVE) => self.receive(),

@@ -166,6 +166,14 @@ impl VirtioDevice for Mem {
             .unwrap_or_default()
     }
 
+    fn hold(&mut self) -> Option<QueueStates> {
+        self.running.as_ref().map(|(queues, _)| states(queues))
+    }
+
+    fn obstacle(&self) -> Option<&'static str> {
+        Some("memory that is plugged in is not saved yet")
+    }
+
     fn handle(&mut self, _: Event) -> Result<Progress, device::Error> {
         let Some(([Some(queue), ..], io)) = &mut self.running else {
             return Ok(Progress::Done);

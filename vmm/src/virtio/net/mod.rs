@@ -12,6 +12,8 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use log::debug;
+use serde::Deserialize;
+use serde_json::{Value, json};
 use thiserror::Error;
 use vm_memory::Permissions;
 
@@ -22,7 +24,9 @@ use self::receive::{Delivery, Read, Receiver};
 use self::tap::Offloads;
 use super::chain::Chain;
 use super::config_space::ConfigSpace;
-use super::device::{self, DeviceIo, DeviceType, Event, Queues, Traits, VirtioDevice, states};
+use super::device::{
+    self, DeviceIo, DeviceType, Event, Queues, RestoreError, Traits, VirtioDevice, states,
+};
 use super::queue::{MAX_QUEUES, Progress, QueueStates, Verdict};
 use super::rate_limiter::{LimiterOptions, RateLimiter};
 use super::update::{Answer, Update, UpdateError};
@@ -101,7 +105,15 @@ pub struct Net {
     tx_limiter: RateLimiter,
     detour: Option<Detour>,
     running: Option<Running>,
+    /// Pairs of queues that are in use at once when it starts.
+    pairs_at_start: usize,
     pieces: IoVecBuffer,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Saved {
+    pairs: usize,
 }
 
 struct Running {
@@ -168,6 +180,7 @@ impl Net {
             tx_limiter: RateLimiter::new(options.tx_limits),
             detour: options.mmds.map(Detour::new),
             running: None,
+            pairs_at_start: 1,
             pieces: IoVecBuffer::default(),
         })
     }
@@ -191,14 +204,17 @@ impl Net {
             (true, true) => Some(self.taps.len().saturating_mul(2)),
         };
         let merge = features & F_MRG_RXBUF != 0;
-        self.running = Some(Running {
+        let mut running = Running {
             queues,
             io,
             receivers: self.taps.iter().map(|_| Receiver::new(merge)).collect(),
             control,
             pairs: 1,
             metrics: Arc::clone(&self.metrics),
-        });
+        };
+        // More only on the first start, of a device that goes on from another one's state.
+        running.set_pairs(&self.taps, std::mem::replace(&mut self.pairs_at_start, 1));
+        self.running = Some(running);
         Ok(())
     }
 }
@@ -297,6 +313,35 @@ impl VirtioDevice for Net {
             detour.reset();
         }
         states(&running.queues)
+    }
+
+    /// A frame that was read from the tap and not yet delivered is this machine's: the other one has its buffers, and not the
+    /// frame.
+    fn hold(&mut self) -> Option<QueueStates> {
+        let running = self.running.as_ref()?;
+        let mut saved = states(&running.queues);
+        for (receiver, pair) in running.receivers.iter().zip(saved.chunks_mut(2)) {
+            if let [Some(queue), ..] = pair {
+                queue.next_available = queue.next_available.wrapping_sub(receiver.taken());
+            }
+        }
+        Some(saved)
+    }
+
+    /// How many pairs of queues the driver uses.
+    fn save(&self) -> Value {
+        json!({ "pairs": self.running.as_ref().map_or(1, |running| running.pairs) })
+    }
+
+    fn restore(&mut self, saved: &Value) -> Result<(), RestoreError> {
+        let Saved { pairs } = Saved::deserialize(saved)?;
+        if !(1..=self.taps.len()).contains(&pairs) {
+            return Err(RestoreError::Nonsense(
+                "it uses more queue pairs than it has",
+            ));
+        }
+        self.pairs_at_start = pairs;
+        Ok(())
     }
 
     fn handle(&mut self, event: Event) -> Result<Progress, device::Error> {

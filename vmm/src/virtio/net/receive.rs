@@ -197,6 +197,12 @@ impl Receiver {
         Ok(Delivery::Gone)
     }
 
+    /// Chains that were taken from the queue and not used yet.
+    pub fn taken(&self) -> u16 {
+        // At most a queue's size.
+        self.chains.len() as u16
+    }
+
     /// Gives the chains that were not used back to the queue.
     pub fn stop(&mut self, queue: &mut Queue) {
         // At most a queue's size.

@@ -23,6 +23,9 @@ impl VirtioDevice for Fake {
     fn stop(&mut self) -> QueueStates {
         self.0.stop()
     }
+    fn hold(&mut self) -> Option<QueueStates> {
+        self.0.hold()
+    }
     fn handle(&mut self, event: Event) -> Result<Progress, device::Error> {
         self.0.handle(event)
     }
@@ -40,6 +43,7 @@ fn card(tap: File) -> Net {
         tx_limiter: RateLimiter::default(),
         detour: None,
         running: None,
+        pairs_at_start: 1,
         pieces: IoVecBuffer::default(),
     }
 }

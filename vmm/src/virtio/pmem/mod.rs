@@ -230,6 +230,10 @@ impl VirtioDevice for Pmem {
             .unwrap_or_default()
     }
 
+    fn hold(&mut self) -> Option<QueueStates> {
+        self.running.as_ref().map(|(queues, _)| states(queues))
+    }
+
     fn handle(&mut self, _: Event) -> Result<Progress, device::Error> {
         // Out of the way of `flush`, which takes all of the device.
         let Some((mut queues, io)) = self.running.take() else {

@@ -1,6 +1,9 @@
 //! What every transport has in common: feature negotiation, the status register and its order
 //! (virtio 1.2, sections 2.1 to 2.4 and 3.1), and the configuration of queues.
 
+use serde::{Deserialize, Serialize};
+
+use super::state::RestoreError;
 use crate::virtio::device::{COMMON_FEATURES, Traits, VERSION_1};
 use crate::virtio::queue::{MAX_QUEUES, QueueState, QueueStates};
 
@@ -59,6 +62,19 @@ struct QueueConfig {
     state: QueueState,
 }
 
+/// The registers as plain data.
+#[derive(Debug, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct CoreState {
+    status: u8,
+    accepted: u64,
+    device_features_select: u32,
+    driver_features_select: u32,
+    queue_select: u32,
+    /// Of each queue, whether it is ready, and how it is.
+    queues: Vec<(bool, QueueState)>,
+}
+
 impl QueueConfig {
     fn new(max_size: u16) -> Self {
         Self {
@@ -109,6 +125,57 @@ impl Core {
     /// Back to the state after reset.
     pub fn reset(&mut self) {
         *self = Self::new(self.traits);
+    }
+
+    /// The registers as plain data; of a device that runs with `running` queues.
+    pub fn save(&self, running: &QueueStates) -> CoreState {
+        let queues = self.queues.iter().zip(running);
+        let queue = |(queue, running): (&Option<QueueConfig>, &Option<QueueState>)| {
+            let queue = (*queue)?;
+            Some((queue.ready, running.unwrap_or(queue.state)))
+        };
+        CoreState {
+            status: self.status,
+            accepted: self.accepted,
+            device_features_select: self.device_features_select,
+            driver_features_select: self.driver_features_select,
+            queue_select: self.queue_select,
+            queues: queues.filter_map(queue).collect(),
+        }
+    }
+
+    /// Takes the registers of another device of the kind, as if its driver had written them in their order.
+    ///
+    /// # Errors
+    /// When no driver could have done so; the registers are those after a reset then.
+    pub fn restore(&mut self, state: &CoreState) -> Result<(), RestoreError> {
+        self.reset();
+        let expected = self.traits.queue_sizes.len();
+        if state.queues.len() != expected {
+            let found = state.queues.len();
+            return Err(RestoreError::Queues { found, expected });
+        }
+        let early = status::ACKNOWLEDGE | status::DRIVER;
+        self.write_status(state.status & early);
+        self.accepted = state.accepted;
+        self.write_status(state.status & (early | status::FEATURES_OK));
+        for (queue, (ready, state)) in self.queues.iter_mut().flatten().zip(&state.queues) {
+            // Checked when the device starts.
+            (queue.ready, queue.state) = (*ready, *state);
+        }
+        self.write_status(state.status & !status::FAILED);
+        if state.status & status::FAILED != 0 {
+            self.write_status(status::FAILED);
+        }
+        if self.status != state.status {
+            self.reset();
+            let (status, features) = (state.status, state.accepted);
+            return Err(RestoreError::Status { status, features });
+        }
+        self.device_features_select = state.device_features_select;
+        self.driver_features_select = state.driver_features_select;
+        self.queue_select = state.queue_select;
+        Ok(())
     }
 
     /// The device's type as its number in the spec.
@@ -426,6 +493,63 @@ mod tests {
             assert!(!core.queue_ready());
             assert_eq!(core.queue_states(), QueueStates::default());
         }
+    }
+
+    #[test]
+    fn registers_go_to_another_device() {
+        let mut core = agreed();
+        core.select_queue(1);
+        core.set_queue_size(4);
+        core.set_queue_address(Area::Device, Half::Low, 0x1000);
+        core.set_queue_ready(true);
+        core.write_status(15);
+        let mut running = core.queue_states();
+        running[1].as_mut().unwrap().next_used = 7;
+        let saved = core.save(&running);
+        let text = serde_json::to_string(&saved).unwrap();
+        let saved: CoreState = serde_json::from_str(&text).unwrap();
+        let mut other = self::core();
+        other.restore(&saved).unwrap();
+        assert!(other.is_started());
+        assert_eq!(other.queue_states(), running);
+        assert_eq!(other.accepted_features(), VERSION_1);
+        assert_eq!(other.queue_size(), 4, "the queue is selected");
+        core.write_status(128);
+        let failed = core.save(&running);
+        other.restore(&failed).unwrap();
+        assert_eq!(other.status(), 128 | 15);
+    }
+
+    #[test]
+    fn what_no_driver_could_have_written_is_refused() {
+        let mut core = agreed();
+        core.write_status(15);
+        let mut saved = core.save(&QueueStates::default());
+        let mut refused = |change: fn(&mut CoreState)| {
+            let before = serde_json::to_string(&saved).unwrap();
+            change(&mut saved);
+            let mut other = self::core();
+            let error = other.restore(&saved).unwrap_err();
+            assert_eq!((other.status(), other.accepted_features()), (0, 0));
+            saved = serde_json::from_str(&before).unwrap();
+            error
+        };
+        for change in [
+            (|saved| saved.status = 12) as fn(&mut CoreState),
+            |saved| saved.status = 64 | 15,
+            |saved| saved.accepted |= 1 << 6,
+            |saved| saved.accepted = 0,
+        ] {
+            assert!(matches!(refused(change), RestoreError::Status { .. }));
+        }
+        let short = refused(|saved| saved.queues.truncate(1));
+        assert_eq!(
+            short,
+            RestoreError::Queues {
+                found: 1,
+                expected: 2
+            }
+        );
     }
 
     #[test]

@@ -8,6 +8,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::core::{Core, Transition, status};
 use super::mailbox::Mailbox;
+use super::state::Start;
 use crate::memory::GuestMemory;
 use crate::virtio::device::Traits;
 use crate::virtio::queue::{QueueStates, Signal};
@@ -134,11 +135,24 @@ impl Endpoint {
         self.needs_reset.load(Ordering::SeqCst)
     }
 
+    /// Takes NEEDS_RESET over from another device, whose driver was told.
+    pub fn restore_needs_reset(&self, needs_reset: bool) {
+        self.needs_reset.store(needs_reset, Ordering::SeqCst);
+    }
+
     /// Sets NEEDS_RESET and tells the driver by a configuration interrupt (section 2.1.2). On the
     /// device thread only, as every interrupt.
     pub fn set_needs_reset(&self) {
         self.needs_reset.store(true, Ordering::SeqCst);
         self.signal.config_changed();
+    }
+
+    /// How the device is to be started whose registers these are, if it runs.
+    pub fn start(&self, core: &Core) -> Option<Start> {
+        (core.is_started() && !self.needs_reset()).then(|| Start {
+            features: core.accepted_features(),
+            queues: core.queue_states(),
+        })
     }
 
     /// The status register as the driver reads it.

@@ -9,11 +9,12 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::core::{Area, Core, Half};
 use super::endpoint::Endpoint;
+use super::state::{KindState, RestoreError, SavedTransport, Start, TransportState};
 use crate::bus::BusDevice;
 use crate::memory::GuestMemory;
 use crate::virtio::config_space::ConfigSpace;
 use crate::virtio::device::VirtioDevice;
-use crate::virtio::queue::Signal;
+use crate::virtio::queue::{QueueStates, Signal};
 
 /// "virt".
 const MAGIC: u32 = 0x7472_6976;
@@ -163,6 +164,30 @@ impl MmioTransport {
             0xa4 => core.set_queue_address(Area::Device, Half::High, value),
             _ => {}
         }
+    }
+}
+
+impl SavedTransport for MmioTransport {
+    fn save(&self, queues: &QueueStates) -> TransportState {
+        TransportState {
+            registers: self.registers().save(queues),
+            needs_reset: self.endpoint.needs_reset(),
+            kind: KindState::Mmio {
+                interrupt_status: self.interrupt.status.load(Ordering::SeqCst),
+            },
+        }
+    }
+
+    fn restore(&self, state: &TransportState) -> Result<Option<Start>, RestoreError> {
+        let KindState::Mmio { interrupt_status } = state.kind else {
+            return Err(RestoreError::Kind);
+        };
+        let mut core = self.registers();
+        core.restore(&state.registers)?;
+        self.endpoint.restore_needs_reset(state.needs_reset);
+        let known = INTERRUPT_USED | INTERRUPT_CONFIG;
+        self.interrupt.raise(interrupt_status & known);
+        Ok(self.endpoint.start(&core))
     }
 }
 

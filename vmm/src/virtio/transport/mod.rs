@@ -5,6 +5,7 @@ pub mod endpoint;
 pub mod mailbox;
 pub mod mmio;
 pub mod pci;
+pub mod state;
 
 #[cfg(test)]
 mod order_tests;

@@ -42,6 +42,9 @@ impl VirtioDevice for Echo {
             .map(|(queues, _)| states(&queues))
             .unwrap_or_default()
     }
+    fn hold(&mut self) -> Option<QueueStates> {
+        self.running.as_ref().map(|(queues, _)| states(queues))
+    }
     fn handle(&mut self, _: Event) -> Result<Progress, device::Error> {
         let ([Some(queue), ..], io) = self.running.as_mut().unwrap() else {
             return Ok(Progress::Done);
@@ -70,6 +73,9 @@ impl<const N: usize> VirtioDevice for Wide<N> {
     }
     fn stop(&mut self) -> QueueStates {
         QueueStates::default()
+    }
+    fn hold(&mut self) -> Option<QueueStates> {
+        None
     }
     fn handle(&mut self, _: Event) -> Result<Progress, device::Error> {
         Ok(Progress::Done)

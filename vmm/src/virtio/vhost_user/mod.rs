@@ -263,7 +263,10 @@ fn memory_table(memory: &GuestMemory) -> Result<(Vec<u8>, Vec<RawFd>), SetUpErro
     let mut table = pair(count as u32, 0).to_vec();
     let mut fds = Vec::with_capacity(count);
     for region in memory.iter() {
-        let file = region.file_offset().ok_or(SetUpError::NotShared)?;
+        // Of a private mapping the back-end would have the file, and not the memory.
+        let is_shared = region.flags() & libc::MAP_SHARED != 0;
+        let file = region.file_offset().filter(|_| is_shared);
+        let file = file.ok_or(SetUpError::NotShared)?;
         let start = region.start_addr().0;
         for number in [start, region.len(), start, file.start()] {
             table.extend(number.to_le_bytes());
@@ -349,6 +352,15 @@ impl VirtioDevice for VhostUser {
             io.events.unwatch(&wires.call);
         }
         states
+    }
+
+    /// What the back-end has in flight is its own.
+    fn hold(&mut self) -> Option<QueueStates> {
+        None
+    }
+
+    fn obstacle(&self) -> Option<&'static str> {
+        Some("its back-end keeps what it has of it")
     }
 
     fn handle(&mut self, event: Event) -> Result<Progress, device::Error> {

@@ -12,12 +12,15 @@ use std::os::unix::net::UnixListener;
 use std::sync::{Arc, Mutex};
 
 use casemate_broker::client::Client;
+use serde_json::Value;
 use thiserror::Error;
 
 use self::connector::{Broker, Connector};
 use self::hub::Hub;
 use super::config_space::ConfigSpace;
-use super::device::{self, DeviceIo, DeviceType, Event, Queues, Traits, VirtioDevice, states};
+use super::device::{
+    self, DeviceIo, DeviceType, Event, Queues, RestoreError, Traits, VirtioDevice, states,
+};
 use super::queue::{Progress, Queue, QueueStates, Verdict};
 use crate::memory::iovec::IoVecBuffer;
 use crate::metrics::Source;
@@ -166,6 +169,16 @@ impl VirtioDevice for Vsock {
         };
         self.hub.stop(&io.events);
         states(&queues)
+    }
+
+    /// The guest's connections stay with this machine: on the other one it is told that they are gone.
+    fn hold(&mut self) -> Option<QueueStates> {
+        self.running.as_ref().map(|(queues, _)| states(queues))
+    }
+
+    fn restore(&mut self, _: &Value) -> Result<(), RestoreError> {
+        self.announce_reset();
+        Ok(())
     }
 
     fn handle(&mut self, event: Event) -> Result<Progress, device::Error> {

@@ -23,12 +23,13 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::core::Core;
 use super::endpoint::{Doorbells, Endpoint};
+use super::state::{KindState, RestoreError, SavedTransport, Start, TransportState};
 use crate::memory::{GuestMemory, layout};
 use crate::pci::config::Identity;
 use crate::pci::{FunctionConfig, PciFunction};
 use crate::virtio::config_space::ConfigSpace;
 use crate::virtio::device::{DeviceType, VirtioDevice};
-use crate::virtio::queue::Signal;
+use crate::virtio::queue::{QueueStates, Signal};
 use common::Common;
 use msix::{MsiSender, Msix, Source};
 
@@ -110,6 +111,7 @@ pub struct PciTransport {
     config: Arc<ConfigSpace>,
     msix: Arc<Msix>,
     endpoint: Arc<Endpoint>,
+    slot: usize,
     /// Offset of the doorbells in the BAR.
     doorbells: u64,
     /// Offsets of capabilities in configuration space.
@@ -160,10 +162,16 @@ impl PciTransport {
             config,
             msix,
             endpoint: Endpoint::with_doorbells(traits, doorbells, memory, signal),
+            slot,
             doorbells: doorbells_at,
             msix_capability,
             access_capability,
         })
+    }
+
+    /// The slot that it was made for.
+    pub fn slot(&self) -> usize {
+        self.slot
     }
 
     /// The device's side.
@@ -218,6 +226,34 @@ impl PciTransport {
         let is_ours = function.byte(base.saturating_add(ACCESS_BAR)) == 0;
         let aligned = length == len && u64::from(at).is_multiple_of(len as u64);
         (is_ours && aligned).then_some(at.into())
+    }
+}
+
+impl SavedTransport for PciTransport {
+    fn save(&self, queues: &QueueStates) -> TransportState {
+        TransportState {
+            registers: self.with_common(|common| common.core.save(queues)),
+            needs_reset: self.endpoint.needs_reset(),
+            kind: KindState::Pci {
+                config: self.function().bytes().to_vec(),
+                msix: self.msix.save(),
+            },
+        }
+    }
+
+    fn restore(&self, state: &TransportState) -> Result<Option<Start>, RestoreError> {
+        let KindState::Pci { config, msix } = &state.kind else {
+            return Err(RestoreError::Kind);
+        };
+        let start = self.with_common(|common| {
+            common.core.restore(&state.registers)?;
+            self.endpoint.restore_needs_reset(state.needs_reset);
+            Ok(self.endpoint.start(common.core))
+        })?;
+        self.msix.restore(msix)?;
+        // The guest's own bits of it; the rest is as it was made.
+        self.config_write(0, config);
+        Ok(start)
     }
 }
 

@@ -6,7 +6,10 @@
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use serde::{Deserialize, Serialize};
+
 use crate::virtio::queue::MAX_QUEUES;
+use crate::virtio::transport::state::RestoreError;
 
 /// "No vector": what is not to interrupt (virtio 1.2, section 4.1.4.3).
 pub const NO_VECTOR: u16 = 0xffff;
@@ -102,6 +105,18 @@ impl State {
     }
 }
 
+/// The interrupts as plain data, but for what configuration space has.
+#[derive(Debug, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct MsixState {
+    /// Address, data and vector control of each entry of the table.
+    entries: Vec<(u64, u32, u32)>,
+    pending: u64,
+    queue_vectors: Vec<u16>,
+    config_vector: u16,
+    isr: u8,
+}
+
 /// The interrupts of one function.
 pub struct Msix {
     state: Mutex<State>,
@@ -188,6 +203,54 @@ impl Msix {
     /// Reads and clears the ISR register.
     pub fn take_isr(&self) -> u8 {
         std::mem::take(&mut self.state().isr)
+    }
+
+    /// The interrupts as plain data.
+    pub fn save(&self) -> MsixState {
+        let state = self.state();
+        let entry = |entry: &Entry| (entry.address, entry.data, entry.control);
+        MsixState {
+            entries: state.entries.iter().map(entry).collect(),
+            pending: state.pending,
+            queue_vectors: state.queue_vectors.to_vec(),
+            config_vector: state.config_vector,
+            isr: state.isr,
+        }
+    }
+
+    /// Takes the interrupts of another function of the kind, as its driver would have set them up. Before
+    /// [`Msix::control`], which lets them go.
+    ///
+    /// # Errors
+    /// When the table has another size.
+    pub fn restore(&self, saved: &MsixState) -> Result<(), RestoreError> {
+        {
+            let mut state = self.state();
+            let (found, expected) = (saved.entries.len(), state.entries.len());
+            if found != expected {
+                return Err(RestoreError::Vectors { found, expected });
+            }
+            for (at, (address, data, control)) in (0..=u64::MAX)
+                .step_by(ENTRY_SIZE as usize)
+                .zip(&saved.entries)
+            {
+                let halves = [*address as u32, (*address >> 32) as u32, *data, *control];
+                for (at, half) in (at..=u64::MAX).step_by(4).zip(halves) {
+                    state.set_table_long(at, half);
+                }
+            }
+            let vectors = u32::try_from(expected).unwrap_or(u32::MAX);
+            let known = !u64::MAX.checked_shl(vectors).unwrap_or(0);
+            state.pending = saved.pending & known;
+            state.isr = saved.isr & (ISR_QUEUE | ISR_CONFIG);
+            // Otherwise the next look at configuration space would forget what is pending.
+            state.enabled = saved.pending != 0;
+        }
+        for (queue, vector) in (0..).zip(&saved.queue_vectors) {
+            self.set_vector(Source::Queue(queue), *vector);
+        }
+        self.set_vector(Source::Config, saved.config_vector);
+        Ok(())
     }
 
     /// What a reset of the virtio device changes. The table and its control are the function's and stay.
