@@ -36,8 +36,9 @@ Runs one microVM. Its first serial port is standard input and output.
   --boot-timer        let the guest say that it has booted, by writing the byte 123 to 0xc0000000
   --start-time-us N, --start-time-cpu-us N, --parent-cpu-time-us N
                       when the start began (CLOCK_MONOTONIC), and CPU time spent since, for the metrics
-  --snapshot-version, --describe-snapshot FILE
-                      (there are no snapshots yet)
+  --snapshot-version  print the version of the snapshots that it writes
+  --describe-snapshot FILE
+                      print the version of a snapshot's state or memory file, whose it is and what is in it
   --version           print the version
   --help              print this
 
@@ -59,6 +60,10 @@ pub enum Arguments {
     Help,
     /// Print the version.
     Version,
+    /// Print the version of the snapshots that it writes.
+    SnapshotVersion,
+    /// Print what a file of a snapshot is.
+    DescribeSnapshot(String),
     /// Run a machine.
     Run(Box<RunArguments>),
 }
@@ -130,9 +135,6 @@ pub enum Error {
     /// Given twice.
     #[error("{0} is given twice")]
     Twice(&'static str),
-    /// An option of Firecracker's that this VMM does not do yet.
-    #[error("{0}: there are no snapshots yet")]
-    NotYet(&'static str),
     /// An option that is not optional.
     #[error("{0}; see --help")]
     Missing(&'static str),
@@ -199,8 +201,10 @@ where
             Arg::Long("mmds-size-limit") => {
                 bytes(&mut mmds_size_limit, "--mmds-size-limit", &mut parser)?;
             }
-            Arg::Long("snapshot-version") => return Err(Error::NotYet("--snapshot-version")),
-            Arg::Long("describe-snapshot") => return Err(Error::NotYet("--describe-snapshot")),
+            Arg::Long("snapshot-version") => return Ok(Arguments::SnapshotVersion),
+            Arg::Long("describe-snapshot") => {
+                return Ok(Arguments::DescribeSnapshot(parser.value()?.string()?));
+            }
             Arg::Long("config-file") => {
                 set(&mut config_file, "--config-file", parser.value()?.string()?)?;
             }
@@ -365,6 +369,19 @@ mod tests {
     }
 
     #[test]
+    fn reads_what_is_asked_of_snapshots() {
+        let version = parse(["--id", "x", "--snapshot-version"]).unwrap();
+        assert_eq!(version, Arguments::SnapshotVersion);
+        for arguments in [
+            &["--describe-snapshot", "/s"][..],
+            &["--describe-snapshot=/s"],
+        ] {
+            let described = Arguments::DescribeSnapshot("/s".to_owned());
+            assert_eq!(parse(arguments).unwrap(), described);
+        }
+    }
+
+    #[test]
     fn says_what_is_wrong() {
         for (arguments, text) in [
             (&["--no-api"][..], "--config-file is missing"),
@@ -374,8 +391,7 @@ mod tests {
             (&["--no-api", "--api-sock", "/x"], "--api-sock"),
             (&["--http-api-max-payload-size", "0"], "payload-size"),
             (&["--mmds-size-limit", "all"], "--mmds-size-limit"),
-            (&["--snapshot-version"], "no snapshots yet"),
-            (&["--describe-snapshot", "/s"], "no snapshots yet"),
+            (&["--describe-snapshot"], "--describe-snapshot"),
             (&["--no-api", "--config-file", "c", "--id", "../x"], "--id"),
             (&["--id", ""], "--id"),
             (&["--id", &"x".repeat(300)], "300"),

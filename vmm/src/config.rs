@@ -168,6 +168,12 @@ fn range<T>(
 }
 
 impl Config {
+    /// Whether nothing has been said of the machine yet.
+    pub fn is_untouched(&self) -> bool {
+        let text = serde_json::to_string(self);
+        text.is_ok_and(|text| serde_json::to_string(&Self::default()).is_ok_and(|new| new == text))
+    }
+
     /// Reads a config.
     ///
     /// # Errors

@@ -5,32 +5,29 @@ use std::fs::File;
 use std::sync::Arc;
 use std::sync::mpsc::{Sender, channel};
 use std::thread::Builder;
-use std::time::Duration;
 
+use kvm_bindings::CpuId;
 use log::{info, warn};
 
-use crate::boot::{self, GedInfo, MachineDescription};
+use crate::boot::{self, EntryState, GedInfo, MachineDescription};
 use crate::bus::Bus;
 use crate::config::{self, Config, RateLimiter};
 use crate::cpu_template::Template;
 use crate::devices::boot_timer::{BootTimer, Moment};
-use crate::devices::{
-    AcpiRegisters, ClockPage, Generation, I8042, SerialOptions, SerialPort, VcpuRegisters, acpi,
-    i8042, serial,
-};
+use crate::devices::{acpi, i8042, serial};
 use crate::ending::{End, EndSignal};
 #[cfg(feature = "gdb")]
 use crate::gdb;
 use crate::kvm::cpuid::{MachineCpuid, Topology};
-use crate::kvm::{self, Vcpu, Vm};
+use crate::kvm::{self, StateReader, Vcpu, Vm};
 use crate::lockdown::{self, Role, Stage};
 use crate::memory::{self, GuestMemory, layout};
 use crate::metrics::Source;
-use crate::mmds::Store;
 use crate::resources::{DriveBackend, Resources, VsockSockets};
 use crate::vcpu::{Buses, VcpuThread};
-use crate::virtio::pmem::PmemFile;
 use crate::virtio::rate_limiter::LimiterOptions;
+use crate::virtio::transport::mmio::MmioTransport;
+use crate::virtio::worker::Restored;
 use crate::virtio::{Balloon, DeviceWorker, Entropy, VirtioDevice, Vsock, VsockOptions};
 
 mod attached;
@@ -42,12 +39,17 @@ mod error;
 mod guest_memory;
 pub mod hotplug;
 mod network;
+mod panel;
 pub mod placement;
 mod plug;
 mod pmem;
+mod restoring;
+mod running;
+mod saving;
+pub mod state;
 pub mod vcpus;
 
-use attached::{Attached, OnMmio, OnPci};
+use attached::{Attached, OnMmio, OnPci, Working};
 use command_line::command_line;
 pub use console::ConsolePanel;
 use devices::Devices;
@@ -55,7 +57,12 @@ pub use error::Error;
 use error::host;
 use hotplug::Hotplug;
 use network::Metadata;
+pub use panel::Panel;
+use panel::panel;
 pub use pmem::explain;
+pub use restoring::Restore;
+pub use running::RunningMachine;
+pub use saving::{Error as SaveError, Files, Saver};
 use vcpus::Vcpus;
 
 /// A machine whose guest has not run yet.
@@ -72,62 +79,13 @@ pub struct Machine {
     address_bits: u8,
     pmem_places: BTreeMap<String, u64>,
     panel: Panel,
+    windows: Vec<Arc<MmioTransport>>,
+    reader: Option<StateReader>,
+    memory: GuestMemory,
+    /// How the devices go on from a saved machine's; none for a new machine.
+    restored: Option<Vec<Restored>>,
     #[cfg(feature = "gdb")]
     gdb: Option<gdb::Stub>,
-}
-
-/// What the control thread has in its hands.
-pub struct Panel {
-    /// The serial port, which is the console of a guest that has not found another one.
-    pub serial: Arc<SerialPort>,
-    /// The virtio console, if there is one.
-    pub console: Option<ConsolePanel>,
-    /// The power button.
-    pub acpi: Arc<AcpiRegisters>,
-    /// The keyboard.
-    pub i8042: Arc<I8042>,
-    /// Adds and removes vCPUs, where that is possible.
-    pub vcpus: Option<Arc<VcpuRegisters>>,
-    /// Tells the guest that it is another machine than before.
-    pub generation: Generation,
-    /// Tells the guest that its time has jumped.
-    pub clock: ClockPage,
-    /// What the metadata service shows.
-    pub metadata: Arc<Store>,
-    /// The files in the guest's address space.
-    pub pmem: Vec<Arc<PmemFile>>,
-    /// Where the machine's end is announced.
-    pub ends: Arc<EndSignal>,
-    /// What the machine counts.
-    pub metrics: Vec<Source>,
-}
-
-impl Panel {
-    /// Asks the guest to end: by Ctrl+Alt+Del, or by the power button where the guest has no driver for a keyboard.
-    pub fn press_ctrl_alt_del(&self) {
-        if !self.i8042.press_ctrl_alt_del() {
-            self.acpi.press_power_button();
-        }
-    }
-}
-
-/// A machine with its threads, sealed and paused.
-pub struct RunningMachine {
-    /// What the control thread has in its hands.
-    pub panel: Panel,
-    /// Adds and removes devices, on a PCI bus.
-    pub hotplug: Option<Hotplug>,
-    /// The virtio devices by their names.
-    pub devices: Devices,
-    /// What cards that come may lead to.
-    metadata: Metadata,
-    vcpus: Vcpus,
-    /// How far the guest's physical addresses reach.
-    address_bits: u8,
-    /// Where the memory of each pmem device is.
-    pmem_places: BTreeMap<String, u64>,
-    /// The memslots stay valid as long as this does.
-    vm: Vm,
 }
 
 /// What the command line adds to a machine.
@@ -137,13 +95,20 @@ pub struct Options {
     pub boot_timer: Option<Moment>,
     /// Whether virtio devices sit on a PCI bus instead of in MMIO windows.
     pub enable_pci: bool,
+    /// Whether the machine can be saved: there is a thread for it then.
+    pub can_be_saved: bool,
 }
 
-/// Builds the machine of `config`.
+/// Builds the machine of `config`; with `restore` it goes on from a saved one, whose config that is.
 ///
 /// # Errors
 /// See [`Error`]; nothing has run then.
-pub fn build(config: &Config, resources: Resources, options: Options) -> Result<Machine, Error> {
+pub fn build(
+    config: &Config,
+    resources: Resources,
+    options: Options,
+    restore: Option<Restore>,
+) -> Result<Machine, Error> {
     let Resources {
         kvm,
         kernel,
@@ -167,8 +132,8 @@ pub fn build(config: &Config, resources: Resources, options: Options) -> Result<
     let supported = vm.supported_cpuid()?;
     let template = Template::of(config, &vm, &supported)?;
     template.warn();
-    let supported = template.apply(&supported)?;
-    let mut cpuid = MachineCpuid::new(&supported, topology(config), vm.has_tsc_deadline());
+    let offered = template.apply(&supported)?;
+    let mut cpuid = MachineCpuid::new(&offered, topology(config), vm.has_tsc_deadline());
     if config.machine_config.numa_nodes.len() > 1 {
         cpuid.set_nodes(placement::nodes_of_vcpus(&config.machine_config));
     }
@@ -178,7 +143,10 @@ pub fn build(config: &Config, resources: Resources, options: Options) -> Result<
         free_huge_pages,
         shared: config.shares_memory(),
     };
-    let memory = guest_memory::allocate(config, memory)?;
+    let memory = match &restore {
+        Some(restore) => restore.memory(memory)?,
+        None => guest_memory::allocate(config, memory)?,
+    };
     placement::bind_memory(&memory, &config.machine_config)?;
     let address_bits = cpuid.physical_address_bits();
     vm.set_memory(&memory, address_bits)?;
@@ -187,14 +155,19 @@ pub fn build(config: &Config, resources: Resources, options: Options) -> Result<
     vm.disable_pmu();
 
     let vcpus = vm.create_vcpus(max_vcpus)?;
-    for vcpu in &vcpus {
-        vcpu.set_features(&cpuid.of_vcpu(vcpu.id())?)?;
-        vcpu.change_msrs(&template.msr_changes())?;
-    }
     vm.set_gsi_routing(pit)?;
+    let cpuids = match &restore {
+        Some(restore) => restore.processors(&vm, &vcpus, &cpuid)?,
+        None => new_processors(&vcpus, &cpuid, &template)?,
+    };
+    let reader = options.can_be_saved.then(|| {
+        let vcpus: Vec<_> = vcpus.iter().zip(cpuids).collect();
+        vm.state_reader(&vcpus, pit)
+    });
+    let reader = reader.transpose()?;
 
     let ends = Arc::new(EndSignal::new().map_err(host("make an eventfd"))?);
-    let mut panel = panel(config, &memory, ends, metadata, serial)?;
+    let mut panel = panel(config, &memory, ends, metadata, serial, restore.as_ref())?;
     let metadata = Metadata::new(config, &panel.metadata)?;
     panel.metrics.extend(metadata.metrics());
     let cards = network::cards(config, cards, &metadata)?;
@@ -209,6 +182,10 @@ pub fn build(config: &Config, resources: Resources, options: Options) -> Result<
     devices.extend(panel.console.as_ref().map(ConsolePanel::device));
     devices.extend(drives::directories(config, fs)?);
     let names = devices::names(config, &devices);
+    let places = restoring::places(restore.as_ref(), &names, options.enable_pci)?;
+    if let Some(restore) = &restore {
+        restore.check_pmem(pmem_places.iter())?;
+    }
     let counting = devices.iter().filter_map(|device| device.metrics());
     panel.metrics.extend(counting);
     let devices = if options.enable_pci {
@@ -217,32 +194,18 @@ pub fn build(config: &Config, resources: Resources, options: Options) -> Result<
             &memory,
             vm.msi_port()?,
             Arc::clone(&panel.acpi),
+            places.as_deref(),
         )?)
     } else {
         Attached::Mmio(OnMmio::attach(devices, &memory)?)
     };
 
-    let description = describe(config, &devices);
-    let boot_args = command_line(config);
-    let protocol = config.boot_source.protocol;
-    let entry = boot::load(
-        &memory,
-        &kernel,
-        initrd.as_ref(),
-        &boot_args,
-        protocol,
-        &description,
-    )
-    .map_err(|source| Error::Boot {
-        path: config.boot_source.kernel_image_path.clone(),
-        source,
-    })?;
-    info!(
-        "kernel: {:?} at {:#x}, KASLR {:?}",
-        entry.protocol, entry.rip, entry.kaslr
-    );
-    if let Some(first) = vcpus.first() {
-        first.set_entry(&entry)?;
+    if let (None, Some(kernel)) = (&restore, &kernel) {
+        let description = describe(config, &devices);
+        let entry = load_kernel(config, &memory, kernel, initrd.as_ref(), &description)?;
+        if let Some(first) = vcpus.first() {
+            first.set_entry(&entry)?;
+        }
     }
 
     let buses = Arc::new(buses(&panel, &devices, options)?);
@@ -253,9 +216,18 @@ pub fn build(config: &Config, resources: Resources, options: Options) -> Result<
     vm.register_irqfd(panel.acpi.interrupt(), layout::GED_GSI)?;
     vm.register_irqfd(panel.i8042.interrupt(), layout::I8042_GSI)?;
     devices.bind_interrupts(&vm)?;
+    if let Some(restore) = &restore {
+        restore.panel(&panel)?;
+    }
     // Last: from the first one on, changing a memslot waits for milliseconds.
     devices.bind_doorbells(&vm)?;
-    let (worker, hotplug) = devices.into_worker(&names)?;
+    let Working {
+        worker,
+        windows,
+        hotplug,
+    } = devices.into_worker(&names)?;
+    let restored = restore.map(|restore| restore.devices(&names, &windows, hotplug.as_ref()));
+    let restored = restored.transpose()?;
     #[cfg(feature = "gdb")]
     let gdb = match gdb {
         Some(listener) => {
@@ -276,54 +248,50 @@ pub fn build(config: &Config, resources: Resources, options: Options) -> Result<
         address_bits,
         pmem_places,
         panel,
+        windows,
+        reader,
+        memory,
+        restored,
         #[cfg(feature = "gdb")]
         gdb,
     })
 }
 
-/// What is neither virtio nor a CPU.
-fn panel(
+/// Makes the vCPUs those of a new machine, and returns what CPUID says on each.
+fn new_processors(
+    vcpus: &[Vcpu],
+    cpuid: &MachineCpuid,
+    template: &Template,
+) -> Result<Vec<CpuId>, Error> {
+    let mut cpuids = Vec::with_capacity(vcpus.len());
+    for vcpu in vcpus {
+        let cpuid = cpuid.of_vcpu(vcpu.id())?;
+        vcpu.set_features(&cpuid)?;
+        vcpu.change_msrs(&template.msr_changes())?;
+        cpuids.push(cpuid);
+    }
+    Ok(cpuids)
+}
+
+fn load_kernel(
     config: &Config,
     memory: &GuestMemory,
-    ends: Arc<EndSignal>,
-    metadata: Arc<Store>,
-    output: Option<File>,
-) -> Result<Panel, Error> {
-    let acpi = AcpiRegisters::new(Arc::clone(&ends)).map_err(host("make an eventfd"))?;
-    let acpi = Arc::new(acpi);
-    let machine = &config.machine_config;
-    let vcpus = machine.max_vcpu_count.map(|most| {
-        let registers = VcpuRegisters::new(machine.vcpu_count, most, Arc::clone(&acpi));
-        registers.map(Arc::new).map_err(host("make an eventfd"))
-    });
-    let limit = config
-        .serial
-        .as_ref()
-        .and_then(|serial| serial.rate_limiter);
-    let serial = SerialPort::new(SerialOptions {
-        output,
-        limit: limit.map(Into::into),
-    });
-    let serial = Arc::new(serial.map_err(host("make the serial port"))?);
-    let i8042 = I8042::new(Arc::clone(&ends)).map_err(host("make an eventfd"))?;
-    let metrics = vec![
-        Source::new("uart", serial.metrics()),
-        Source::new("i8042", i8042.metrics()),
-    ];
-    let console = config.console.as_ref().map(|_| ConsolePanel::new());
-    Ok(Panel {
-        console: console.transpose()?,
-        serial,
-        generation: Generation::new(memory.clone(), Arc::clone(&acpi))?,
-        clock: ClockPage::new(memory.clone(), Arc::clone(&acpi))?,
-        acpi,
-        i8042: Arc::new(i8042),
-        vcpus: vcpus.transpose()?,
-        metadata,
-        ends,
-        pmem: Vec::new(),
-        metrics,
-    })
+    kernel: &File,
+    initrd: Option<&File>,
+    description: &MachineDescription,
+) -> Result<EntryState, Error> {
+    let boot_args = command_line(config);
+    let protocol = config.boot_source.protocol;
+    let entry = boot::load(memory, kernel, initrd, &boot_args, protocol, description);
+    let entry = entry.map_err(|source| Error::Boot {
+        path: config.boot_source.kernel_image_path.clone(),
+        source,
+    })?;
+    info!(
+        "kernel: {:?} at {:#x}, KASLR {:?}",
+        entry.protocol, entry.rip, entry.kaslr
+    );
+    Ok(entry)
 }
 
 /// The virtio devices in the order of their windows.
@@ -464,6 +432,12 @@ impl Machine {
             let started = stub.start(&vcpus, Arc::clone(ends), seal);
             started.map_err(host("start the debugger's stub"))?;
         }
+        let saver = self.reader.map(|reader| {
+            let seal = seal(Role::Helper, &sealed);
+            let saver = Saver::start(reader, self.memory, seal);
+            saver.map_err(host("start the thread that saves the machine"))
+        });
+        let saver = saver.transpose()?;
         drop(sealed);
         // The barrier: the channel closes once every thread has said how its sealing went.
         for result in results {
@@ -471,7 +445,9 @@ impl Machine {
         }
         lockdown::enter(Role::Control, Stage::Sealed)?;
         let registers = self.panel.vcpus.clone();
-        Ok(RunningMachine {
+        let is_restored = self.restored.is_some();
+        self.devices.restore(self.restored.unwrap_or_default())?;
+        let running = RunningMachine {
             panel: self.panel,
             hotplug: self.hotplug,
             devices: self.devices,
@@ -479,8 +455,14 @@ impl Machine {
             vcpus: Vcpus::new(vcpus, registers),
             address_bits: self.address_bits,
             pmem_places: self.pmem_places,
+            windows: self.windows,
+            saver,
             vm: self.vm,
-        })
+        };
+        if is_restored {
+            running.regenerate()?;
+        }
+        Ok(running)
     }
 }
 
@@ -497,58 +479,5 @@ fn seal(
             warn!("nobody waits for this thread any more");
         }
         sealed
-    }
-}
-
-impl RunningMachine {
-    /// Lets the guest run.
-    pub fn resume(&mut self) {
-        self.vcpus.resume();
-    }
-
-    /// Stops the guest: each vCPU at its next instruction, without waiting for that.
-    pub fn pause(&mut self) {
-        self.vcpus.pause();
-    }
-
-    /// Waits until the guest has stopped after [`RunningMachine::pause`]; else the number of a vCPU that has
-    /// not by then.
-    ///
-    /// # Errors
-    /// That number.
-    pub fn wait_until_paused(&self, patience: Duration) -> Result<(), usize> {
-        self.vcpus.wait_until_paused(patience)
-    }
-
-    /// Adds vCPUs, or asks the guest to let go of some, until there are `count`.
-    ///
-    /// # Errors
-    /// When their number is fixed, or cannot be that.
-    pub fn set_vcpus(&mut self, count: u8) -> Result<(), vcpus::Error> {
-        self.vcpus.set_count(count)
-    }
-
-    /// Stops the vCPUs that the guest has let go.
-    pub fn park_ejected_vcpus(&mut self) {
-        if let Some(registers) = &self.panel.vcpus {
-            // First forgotten, then looked at: what comes later wakes us again.
-            let _ = registers.ejected().read();
-        }
-        self.vcpus.settle();
-    }
-
-    /// Tells the guest that it is another machine than before and that its time has jumped: after a restore,
-    /// before it runs on.
-    ///
-    /// # Errors
-    /// When there are no random bytes.
-    pub fn regenerate(&self) -> Result<(), Error> {
-        self.panel.generation.regenerate()?;
-        Ok(self.panel.clock.disrupt()?)
-    }
-
-    /// How many vCPUs there are now.
-    pub fn vcpu_count(&self) -> u8 {
-        u8::try_from(self.vcpus.present().count_ones()).unwrap_or(u8::MAX)
     }
 }

@@ -11,8 +11,8 @@ use casemate_vmm::control::{Control, api, observe};
 use casemate_vmm::devices::boot_timer::Moment;
 use casemate_vmm::ending::End;
 use casemate_vmm::metrics::{self, Reporter};
-use casemate_vmm::resources::{Jail, Served, Source};
-use casemate_vmm::{Error, lockdown, logging, machine, memory};
+use casemate_vmm::resources::{Beginning, Jail, Served, Source};
+use casemate_vmm::{Error, lockdown, logging, machine, memory, snapshot};
 use log::{error, info, warn};
 
 fn main() {
@@ -47,9 +47,23 @@ fn start() -> Result<Option<End>, Error> {
             // What tools look for that decide by it what they can ask for.
             println!("with the API of Firecracker v{}", api::API_VERSION);
         }
+        Arguments::SnapshotVersion => println!("{}", snapshot::VERSION),
+        Arguments::DescribeSnapshot(path) => print!("{}", describe(&path)?),
         Arguments::Run(run) => return self::run(&run).map(Some),
     }
     Ok(None)
+}
+
+/// A file of a snapshot in words.
+fn describe(path: &str) -> Result<String, Error> {
+    let failed = |source| Error::Describe {
+        path: path.to_owned(),
+        source,
+    };
+    let file = snapshot::describe::open(path).map_err(failed)?;
+    // Whoever wrote it finds the walls up.
+    lockdown::lock_down()?;
+    snapshot::describe::describe(&file).map_err(failed)
 }
 
 fn run(arguments: &RunArguments) -> Result<End, Error> {
@@ -80,6 +94,7 @@ fn run(arguments: &RunArguments) -> Result<End, Error> {
     let machine = machine::Options {
         boot_timer: arguments.boot_timer.then_some(start),
         enable_pci: arguments.enable_pci,
+        can_be_saved: arguments.api_sock.is_some(),
     };
     // Once there is a machine: who is refused one has another line to read.
     let warn_of_no_jail = || {
@@ -89,11 +104,11 @@ fn run(arguments: &RunArguments) -> Result<End, Error> {
     };
     match listener {
         None => {
-            let mut resources = source.open(&config)?;
+            let mut resources = source.open(&config, Beginning::Boot)?;
             resources.metadata = metadata;
             source.lock_down()?;
             let control = Control::new(reporter)?;
-            let machine = machine::build(&config, resources, machine)?;
+            let machine = machine::build(&config, resources, machine, None)?;
             warn_of_no_jail();
             control.run(machine)
         }

@@ -111,8 +111,8 @@ pub enum Error {
 pub struct Resources {
     /// `/dev/kvm`.
     pub kvm: File,
-    /// The kernel image.
-    pub kernel: File,
+    /// The kernel image, of a machine that boots.
+    pub kernel: Option<File>,
     /// The initial RAM disk.
     pub initrd: Option<File>,
     /// One for each of [`Config::drives_in_order`].
@@ -134,6 +134,15 @@ pub struct Resources {
     /// Where a debugger connects.
     #[cfg(feature = "gdb")]
     pub gdb: Option<Arc<UnixListener>>,
+}
+
+/// How a machine begins.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Beginning {
+    /// It boots a kernel.
+    Boot,
+    /// It goes on from a saved one, whose kernel is in its memory.
+    Snapshot,
 }
 
 /// What a vsock device works with.
@@ -261,7 +270,7 @@ impl Source {
     ///
     /// # Errors
     /// See [`Error`]; the first thing that is not there.
-    pub fn open(&mut self, config: &Config) -> Result<Resources, Error> {
+    pub fn open(&mut self, config: &Config, from: Beginning) -> Result<Resources, Error> {
         // A broker that is forked here comes first, so that it holds nothing opened later.
         let forked = match (&*self, &config.vsock) {
             (Self::Direct, Some(vsock)) => Some(fork_broker(&vsock.uds_path)?),
@@ -275,8 +284,10 @@ impl Source {
         };
         let boot = &config.boot_source;
         let kvm = self.kvm()?;
-        let kernel = self.file("kernel", &boot.kernel_image_path, false)?;
-        let initrd = boot.initrd_path.as_ref();
+        let boots = from == Beginning::Boot;
+        let kernel = boots.then(|| self.file("kernel", &boot.kernel_image_path, false));
+        let kernel = kernel.transpose()?;
+        let initrd = boot.initrd_path.as_ref().filter(|_| boots);
         let initrd = initrd.map(|path| self.file("initrd", path, false));
         let initrd = initrd.transpose()?;
         let drives = config.drives_in_order();
@@ -361,7 +372,15 @@ impl Source {
         self.file(what, name, write).map(drop)
     }
 
-    /// The same for a drive's files.
+    /// Opens a file that is read, before the start.
+    ///
+    /// # Errors
+    /// When it cannot be had.
+    pub fn open_file(&mut self, what: &'static str, name: &str) -> Result<File, Error> {
+        self.file(what, name, false)
+    }
+
+    /// The same as [`Source::probe_file`] for a drive's files.
     ///
     /// # Errors
     /// When not.

@@ -119,7 +119,7 @@ fn some_requests_come_only_before_and_some_only_after_the_start() {
         let snapshot = json!({"snapshot_path": "/s", "mem_file_path": "/m"});
         machine
             .put("/snapshot/create", snapshot)
-            .assert_refused("not supported yet");
+            .assert_refused("a machine that is paused");
         machine.kill();
     }
 }

@@ -23,6 +23,7 @@ mod pci;
 mod pmem;
 mod runtime;
 mod serial;
+mod snapshot;
 mod vhost_user;
 mod vsock;
 

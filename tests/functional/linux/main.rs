@@ -14,6 +14,7 @@ mod machine;
 mod memory;
 mod mmds;
 mod numa;
+mod snapshot;
 mod sockets;
 mod streams;
 mod vcpus;

@@ -188,7 +188,9 @@ impl Control {
             self.watch(console.port.room(), Token::ConsoleRoom)?;
             console.port.resize(console::terminal_size());
         }
-        machine.resume();
+        if api.as_ref().is_none_or(Api::starts_running) {
+            machine.resume();
+        }
         let end = match self.wait_for_end(&mut machine, api) {
             Ok(end) => end,
             Err(error) => End::Failed(error.to_string()),

@@ -15,10 +15,11 @@ use crate::kvm::{self, MsiPort, Vm};
 use crate::memory::{GuestMemory, layout};
 use crate::pci::bus::{BarWindow, Ecam};
 use crate::pci::{HotplugRegisters, PciBus, SLOTS};
-use crate::virtio::transport::endpoint::{Doorbells, Endpoint};
+use crate::virtio::transport::endpoint::Doorbells;
 use crate::virtio::transport::mmio::{MmioTransport, QUEUE_NOTIFY};
 use crate::virtio::transport::pci::msix::MsiSender;
 use crate::virtio::transport::pci::{self, PciTransport};
+use crate::virtio::transport::state::SavedTransport;
 use crate::virtio::{DeviceWorker, VirtioDevice};
 
 impl MsiSender for MsiPort {
@@ -94,28 +95,65 @@ impl Attached {
 
     /// What the device thread runs, if there is one, and what adds devices to it. `names` are those of the
     /// devices, in order.
-    pub(super) fn into_worker(
-        self,
-        names: &[DeviceName],
-    ) -> Result<(Option<DeviceWorker>, Option<Hotplug>), event_loop::Error> {
+    pub(super) fn into_worker(self, names: &[DeviceName]) -> Result<Working, event_loop::Error> {
         match self {
-            Self::Mmio(OnMmio(windows)) if windows.is_empty() => Ok((None, None)),
+            Self::Mmio(OnMmio(windows)) if windows.is_empty() => Ok(Working::default()),
             Self::Mmio(OnMmio(windows)) => {
                 let mut worker = DeviceWorker::new()?;
+                let mut transports = Vec::with_capacity(windows.len());
                 for window in windows {
                     worker.add(Arc::clone(window.transport.endpoint()), window.device)?;
+                    transports.push(window.transport);
                 }
-                Ok((Some(worker), None))
+                Ok(Working {
+                    worker: Some(worker),
+                    windows: transports,
+                    hotplug: None,
+                })
             }
             Self::Pci(devices) => {
                 let (worker, hotplug) = devices.into_worker(names)?;
-                Ok((Some(worker), Some(hotplug)))
+                Ok(Working {
+                    worker: Some(worker),
+                    windows: Vec::new(),
+                    hotplug: Some(hotplug),
+                })
             }
         }
     }
 }
 
-type Device = (Arc<Endpoint>, Box<dyn VirtioDevice>);
+/// What is left to the control thread of the devices' attachment.
+#[derive(Default)]
+pub(super) struct Working {
+    /// What the device thread runs, if there is one.
+    pub(super) worker: Option<DeviceWorker>,
+    /// The transports on MMIO, by their devices' index.
+    pub(super) windows: Vec<Arc<MmioTransport>>,
+    /// What adds devices on PCI.
+    pub(super) hotplug: Option<Hotplug>,
+}
+
+impl Working {
+    /// How the device with this index on the device thread is attached.
+    pub(super) fn find(
+        windows: &[Arc<MmioTransport>],
+        hotplug: Option<&Hotplug>,
+        index: u16,
+    ) -> Option<(usize, Arc<dyn SavedTransport>)> {
+        if let Some(hotplug) = hotplug {
+            let occupied = |slot: &Slot| Some((slot.number, slot.occupant.as_ref()?.clone()));
+            let mut occupants = hotplug.slots.iter().filter_map(occupied);
+            let (place, occupant) = occupants.find(|(_, occupant)| occupant.index == index)?;
+            return Some((place, occupant.transport));
+        }
+        let place = usize::from(index);
+        let transport = windows.get(place)?;
+        Some((place, Arc::clone(transport) as Arc<dyn SavedTransport>))
+    }
+}
+
+type Device = (Arc<PciTransport>, Box<dyn VirtioDevice>);
 
 /// Devices with a window and an interrupt pin each.
 pub(super) struct OnMmio(Vec<Window>);
@@ -167,12 +205,13 @@ pub(super) struct OnPci {
 
 impl OnPci {
     /// Gives each device a slot, from the first behind the host bridge, and every other slot the doorbells of a
-    /// device that may come. The guest learns of that by `acpi`.
+    /// device that may come. The guest learns of that by `acpi`. With `places`, each device has the slot that they say.
     pub(super) fn attach(
         devices: Vec<Box<dyn VirtioDevice>>,
         memory: &GuestMemory,
         msi: MsiPort,
         acpi: Arc<AcpiRegisters>,
+        places: Option<&[usize]>,
     ) -> Result<Self, Error> {
         let bus = Arc::new(PciBus::new());
         let registers = HotplugRegisters::new(Arc::clone(&bus), acpi);
@@ -184,9 +223,14 @@ impl OnPci {
             slots: Vec::new(),
             devices: Vec::new(),
         };
-        let mut numbers = 1..SLOTS;
-        for device in devices {
-            let number = numbers.next().ok_or(Error::NoWindow)?;
+        let mut numbers: Vec<usize> = (1..SLOTS).collect();
+        for (at, device) in devices.into_iter().enumerate() {
+            let wanted = match places {
+                Some(places) => places.get(at).copied(),
+                None => numbers.first().copied(),
+            };
+            let free = numbers.iter().position(|number| Some(*number) == wanted);
+            let number = numbers.remove(free.ok_or(Error::NoWindow)?);
             let queues = device.traits().queue_sizes.len().max(hotplug::QUEUES);
             let doorbells = attached.add_slot(number, queues)?;
             let transport = PciTransport::new(
@@ -196,13 +240,14 @@ impl OnPci {
                 doorbells,
                 Arc::clone(&attached.sender),
             );
-            let endpoint = Arc::clone(transport.endpoint());
-            attached.bus.insert(number, transport);
-            attached.devices.push((endpoint, device));
+            attached.bus.insert(number, Arc::clone(&transport) as _);
+            attached.devices.push((transport, device));
         }
         for number in numbers {
             attached.add_slot(number, hotplug::QUEUES)?;
         }
+        // The lowest free one is taken first when a device comes.
+        attached.slots.sort_by_key(|slot| slot.number);
         Ok(attached)
     }
 
@@ -222,12 +267,17 @@ impl OnPci {
     ) -> Result<(DeviceWorker, Hotplug), event_loop::Error> {
         let mut worker = DeviceWorker::new()?;
         let devices = self.devices.into_iter().zip(names);
-        for (slot, ((endpoint, device), name)) in self.slots.iter_mut().zip(devices) {
-            let index = worker.add(endpoint, device)?;
-            slot.occupant = Some(Occupant {
-                name: name.clone(),
-                index,
-            });
+        for ((transport, device), name) in devices {
+            let index = worker.add(Arc::clone(transport.endpoint()), device)?;
+            let place = transport.slot();
+            let slot = self.slots.iter_mut().find(|slot| slot.number == place);
+            if let Some(slot) = slot {
+                slot.occupant = Some(Occupant {
+                    name: name.clone(),
+                    index,
+                    transport,
+                });
+            }
         }
         let hotplug = Hotplug {
             registers: self.registers,

@@ -3,13 +3,16 @@
 use std::collections::BTreeMap;
 use std::fmt;
 
+use serde::{Deserialize, Serialize};
+
 use crate::config::Config;
 use crate::virtio::device::DeviceType;
 use crate::virtio::update::{Answer, Update, UpdateError};
+use crate::virtio::worker::{Held, RestoreFailed, Restored, SavedDevice};
 use crate::virtio::{VirtioDevice, WorkerHandle};
 
 /// A device.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, Deserialize, PartialEq, Eq, Serialize)]
 pub enum DeviceName {
     /// One of `drives`.
     Drive(String),
@@ -87,6 +90,31 @@ impl Devices {
     /// One that has gone: its index may soon be another one's.
     pub(super) fn remove(&mut self, name: &DeviceName) {
         self.names.retain(|_, other| other != name);
+    }
+
+    /// What the device with this index is called.
+    pub(super) fn name(&self, index: u16) -> Option<&DeviceName> {
+        self.names.get(&index)
+    }
+
+    /// See [`WorkerHandle::hold`]. Without devices there is nothing to hold.
+    ///
+    /// # Errors
+    /// When the device thread has ended.
+    pub(super) fn hold(&self) -> Result<(Vec<SavedDevice>, Option<Held>), ()> {
+        let Some(worker) = &self.worker else {
+            return Ok((Vec::new(), None));
+        };
+        let (devices, held) = worker.hold().ok_or(())?;
+        Ok((devices, Some(held)))
+    }
+
+    /// See [`WorkerHandle::restore`].
+    pub(super) fn restore(&self, devices: Vec<Restored>) -> Result<(), RestoreFailed> {
+        match &self.worker {
+            Some(worker) if !devices.is_empty() => worker.restore(devices),
+            _ => Ok(()),
+        }
     }
 
     /// Changes a device.

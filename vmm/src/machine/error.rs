@@ -4,9 +4,10 @@ use std::io;
 
 use thiserror::Error;
 
-use super::placement;
+use super::{placement, restoring};
 use crate::devices::{clock, generation};
 use crate::virtio::transport::mmio;
+use crate::virtio::worker::RestoreFailed;
 use crate::virtio::{balloon, block, mem, net, vhost_user, vsock};
 use crate::{boot, bus, cpu_template, event_loop, kvm, lockdown, memory, vcpu};
 
@@ -74,6 +75,12 @@ pub enum Error {
     /// A device's eventfds could not be made.
     #[error(transparent)]
     Transport(#[from] mmio::Error),
+    /// It cannot go on from that snapshot.
+    #[error(transparent)]
+    Restore(#[from] restoring::Error),
+    /// A device cannot.
+    #[error("the snapshot's devices: {0}")]
+    RestoreDevice(#[from] RestoreFailed),
     /// The device thread's event loop could not be made.
     #[error("device thread: {0}")]
     EventLoop(#[from] event_loop::Error),

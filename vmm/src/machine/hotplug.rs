@@ -80,11 +80,14 @@ impl Slot {
 }
 
 /// The device in a slot.
+#[derive(Clone)]
 pub(super) struct Occupant {
     /// What the operator calls it.
     pub(super) name: DeviceName,
     /// Its index on the device thread.
     pub(super) index: u16,
+    /// How the guest reaches it.
+    pub(super) transport: Arc<PciTransport>,
 }
 
 /// The slots of the bus, as the control thread has them.
@@ -159,6 +162,7 @@ impl Hotplug {
         slot.occupant = Some(Occupant {
             name: name.clone(),
             index,
+            transport: Arc::clone(&transport),
         });
         self.registers.insert(slot.number, transport);
         Ok(index)

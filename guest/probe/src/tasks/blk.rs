@@ -33,11 +33,34 @@ pub fn pattern(offset: u64) -> [u8; 8] {
     (offset ^ 0x5ca1_ab1e_0ddb_a11d).to_le_bytes()
 }
 
-struct Drive {
+pub struct Drive {
     queue: crate::virtio::Queue,
 }
 
+/// The first drive, by the ring memory in `slot`.
+pub fn open(cmdline: &Cmdline, slot: usize) -> Result<Drive, Failure> {
+    let device = Device::find(cmdline, BLOCK, 0, FEATURES)?;
+    let queue = device.queue(0, slot)?;
+    device.finish()?;
+    Ok(Drive { queue })
+}
+
 impl Drive {
+    /// Reads a sector, which must hold the pattern.
+    pub fn check(&mut self, sector: u64) -> Result<(), Failure> {
+        let mut data = [0u8; SECTOR];
+        if self.request(IN, sector, Some(Buffer::into(&mut data)))? != OK {
+            return Err("the drive could not be read");
+        }
+        let start = sector * SECTOR as u64;
+        for (offset, word) in (start..).step_by(8).zip(data.chunks(8)) {
+            if word != pattern(offset) {
+                return Err("the drive does not hold the pattern");
+            }
+        }
+        Ok(())
+    }
+
     fn request(&mut self, kind: u32, sector: u64, data: Option<Buffer>) -> Result<u8, Failure> {
         let mut header = [0u8; 16];
         header[..4].copy_from_slice(&kind.to_le_bytes());

@@ -13,6 +13,7 @@ mod net;
 mod pit;
 mod pmem;
 mod rng;
+mod rounds;
 mod serial;
 mod vsock;
 
@@ -42,6 +43,7 @@ pub fn run(name: &str, cmdline: &Cmdline) -> Result<(), Failure> {
         "fs" => fs::run(cmdline),
         "blk" => blk::run(cmdline),
         "console" => console::run(cmdline),
+        "rounds" => rounds::run(cmdline),
         "rng" => rng::run(cmdline),
         "vsock" => vsock::echo(cmdline),
         "vsock-connect" => vsock::connect(cmdline),

@@ -21,6 +21,8 @@ mod mem;
 mod net;
 #[path = "../pmem.rs"]
 mod pmem;
+#[path = "../snapshot.rs"]
+mod snapshot;
 #[path = "../vhost_user.rs"]
 mod vhost_user;
 #[path = "../vsock.rs"]

@@ -3,6 +3,7 @@
 use serde::Deserialize;
 use serde_json::Value;
 
+use super::snapshot::{CreateSnapshot, LoadSnapshot};
 use crate::config::{
     Balloon, BootSource, CpuTemplate, Drive, Entropy, HugePages, Logger, MachineConfig,
     MemoryHotplug, Metrics, MmdsConfig, NamedCpuTemplate, NetworkInterface, Pmem, RateLimiter,
@@ -48,8 +49,8 @@ pub enum Action {
     SendCtrlAltDel,
     Pause,
     Resume,
-    CreateSnapshot,
-    LoadSnapshot,
+    CreateSnapshot(CreateSnapshot),
+    LoadSnapshot(Box<LoadSnapshot>),
 }
 
 /// What is asked of the balloon.

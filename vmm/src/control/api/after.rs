@@ -71,7 +71,7 @@ impl Desk {
                 self.plug(machine, metrics, &NewDevice::Vsock(vsock))?;
             }
             Action::Remove(name) => self.unplug(machine, name)?,
-            Action::CreateSnapshot => return Err(Fault::NotYet("making snapshots")),
+            Action::CreateSnapshot(create) => return self.create_snapshot(machine, &create),
             Action::PutMachineConfig(_)
             | Action::PatchMachineConfig(_)
             | Action::PutBootSource(_)
@@ -84,7 +84,7 @@ impl Desk {
             | Action::PutMemoryHotplug(_)
             | Action::PutMmdsConfig(_)
             | Action::InstanceStart
-            | Action::LoadSnapshot => return Err(Fault::Started),
+            | Action::LoadSnapshot(_) => return Err(Fault::Started),
             // `look` has answered these.
             Action::GetInstance
             | Action::GetVersion

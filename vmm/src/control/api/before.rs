@@ -13,7 +13,7 @@ use crate::control::observe;
 use crate::devices::boot_timer::Moment;
 use crate::machine::{self, RunningMachine};
 use crate::metrics::Reporter;
-use crate::resources::{self, Resources};
+use crate::resources::{self, Beginning, Resources};
 
 impl Desk {
     pub(super) fn before(
@@ -91,7 +91,7 @@ impl Desk {
                 let balloon = balloon.ok_or_else(|| Fault::NoDevice("balloon".to_owned()))?;
                 return Ok(Reply::of(balloon));
             }
-            Action::LoadSnapshot => return Err(Fault::NotYet("loading snapshots")),
+            Action::LoadSnapshot(load) => return self.load_snapshot(&load),
             Action::InstanceStart => return self.instance_start(),
             Action::PatchDrive(_)
             | Action::PatchPmem(_)
@@ -105,7 +105,7 @@ impl Desk {
             | Action::SendCtrlAltDel
             | Action::Pause
             | Action::Resume
-            | Action::CreateSnapshot => return Err(Fault::NotStarted),
+            | Action::CreateSnapshot(_) => return Err(Fault::NotStarted),
             // `look` has answered these.
             Action::GetInstance
             | Action::GetVersion
@@ -136,10 +136,18 @@ impl Desk {
         if self.options.boot_timer.is_some() {
             self.options.boot_timer = Some(Moment::now());
         }
-        let resources = self.open()?;
+        let resources = self.open(&self.config.clone(), Beginning::Boot)?;
         self.source.lock_down()?;
-        let machine = machine::build(&self.config, resources, self.options)?;
-        match machine.start() {
+        let machine = machine::build(&self.config, resources, self.options, None)?;
+        self.take_over(machine.start())
+    }
+
+    /// What comes of a machine's start.
+    pub(super) fn take_over(
+        &mut self,
+        started: Result<RunningMachine, machine::Error>,
+    ) -> Result<Reply, Fault> {
+        match started {
             Ok(running) => {
                 self.source.settle();
                 self.started = Some(running);
@@ -154,18 +162,22 @@ impl Desk {
         }
     }
 
-    fn open(&mut self) -> Result<Resources, resources::Error> {
+    pub(super) fn open(
+        &mut self,
+        config: &Config,
+        from: Beginning,
+    ) -> Result<Resources, resources::Error> {
         self.source.forget();
-        let mut resources = self.source.open(&self.config)?;
+        let mut resources = self.source.open(config, from)?;
         resources.metadata = Arc::clone(&self.metadata);
         Ok(resources)
     }
 
     /// The start of a machine whose config was there from the beginning.
     pub(super) fn build_and_start(&mut self) -> Result<RunningMachine, crate::Error> {
-        let resources = self.open()?;
+        let resources = self.open(&self.config.clone(), Beginning::Boot)?;
         self.source.lock_down()?;
-        let running = machine::build(&self.config, resources, self.options)?.start()?;
+        let running = machine::build(&self.config, resources, self.options, None)?.start()?;
         self.source.settle();
         Ok(running)
     }

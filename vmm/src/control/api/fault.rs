@@ -76,6 +76,26 @@ pub enum Fault {
     /// The machine could not be started, and cannot any more.
     #[error("the machine cannot be started, and this VMM ends: {0}")]
     StartFailed(String),
+    /// Only of a machine that is paused.
+    #[error("a snapshot is of a machine that is paused: PATCH /vm with `state` Paused first")]
+    NotPausedYet,
+    /// Two files with one name.
+    #[error("`snapshot_path` and `mem_file_path` are one file: name two")]
+    OneFile,
+    /// It was not saved.
+    #[error("the snapshot cannot be made: {0}")]
+    NotSaved(#[from] machine::SaveError),
+    /// Something has been said of the machine already.
+    #[error(
+        "the machine has been configured already: a snapshot says all of it, so load it into a new VMM"
+    )]
+    Configured,
+    /// No memory, or two.
+    #[error("say where the memory is: one of `mem_backend` and `mem_file_path`")]
+    MemoryOnce,
+    /// It is no snapshot of a machine.
+    #[error("the snapshot cannot be loaded: {0}")]
+    Snapshot(#[from] machine::state::Error),
     /// Something that this VMM does not do yet.
     #[error("{0} is not supported yet")]
     NotYet(&'static str),

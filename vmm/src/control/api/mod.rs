@@ -16,6 +16,7 @@ mod memory;
 mod plug;
 pub mod routes;
 mod server;
+mod snapshot;
 
 use std::os::unix::net::UnixListener;
 use std::sync::Arc;
@@ -167,6 +168,11 @@ impl Api {
             Some(error) => Err(error),
             None => Ok(self.desk.started.take()),
         }
+    }
+
+    /// Whether the machine that was started is to run at once: one from a snapshot may wait to be resumed.
+    pub(super) fn starts_running(&self) -> bool {
+        !self.desk.paused
     }
 
     /// Does what clients have asked for of the running machine.

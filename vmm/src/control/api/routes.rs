@@ -8,6 +8,7 @@ use super::action::{
     NetworkInterfaceUpdate, PmemUpdate, StartHinting,
 };
 use super::http::Method;
+use super::snapshot::LoadSnapshot;
 use crate::config::{
     Drive, MachineConfig, MmdsConfig, MmdsVersion, NetworkInterface, Pmem, Vsock, objects,
 };
@@ -210,8 +211,12 @@ fn put(parts: &[&str], body: &[u8]) -> Result<Option<Route>, Error> {
             deprecated = mmds.version == MmdsVersion::V1;
             Action::PutMmdsConfig(mmds)
         }
-        ["snapshot", "create"] => json::<CreateSnapshot>(body).map(|_| Action::CreateSnapshot)?,
-        ["snapshot", "load"] => json::<LoadSnapshot>(body).map(|_| Action::LoadSnapshot)?,
+        ["snapshot", "create"] => Action::CreateSnapshot(json(body)?),
+        ["snapshot", "load"] => {
+            let load: LoadSnapshot = json(body)?;
+            deprecated = load.is_deprecated();
+            Action::LoadSnapshot(Box::new(load))
+        }
         _ => return Ok(None),
     };
     Ok(Some(Route { action, deprecated }))
@@ -295,75 +300,6 @@ struct VmUpdate {
 enum VmState {
     Paused,
     Resumed,
-}
-
-/// `PUT /snapshot/create`, checked although nothing is done with it yet.
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-#[allow(dead_code, reason = "there are no snapshots yet")]
-struct CreateSnapshot {
-    #[serde(default)]
-    snapshot_type: SnapshotType,
-    snapshot_path: String,
-    mem_file_path: String,
-}
-
-#[derive(Default, Deserialize)]
-enum SnapshotType {
-    #[default]
-    Full,
-    Diff,
-}
-
-/// `PUT /snapshot/load`, checked although nothing is done with it yet.
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-#[allow(dead_code, reason = "there are no snapshots yet")]
-struct LoadSnapshot {
-    snapshot_path: String,
-    mem_file_path: Option<String>,
-    mem_backend: Option<MemoryBackend>,
-    #[serde(default)]
-    enable_diff_snapshots: bool,
-    #[serde(default)]
-    track_dirty_pages: bool,
-    #[serde(default)]
-    resume_vm: bool,
-    #[serde(default)]
-    network_overrides: Vec<NetworkOverride>,
-    vsock_override: Option<VsockOverride>,
-    #[serde(default)]
-    clock_realtime: bool,
-    huge_pages: Option<String>,
-}
-
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-#[allow(dead_code, reason = "there are no snapshots yet")]
-struct MemoryBackend {
-    backend_path: String,
-    backend_type: BackendType,
-}
-
-#[derive(Deserialize)]
-enum BackendType {
-    File,
-    Uffd,
-}
-
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-#[allow(dead_code, reason = "there are no snapshots yet")]
-struct NetworkOverride {
-    iface_id: String,
-    host_dev_name: String,
-}
-
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-#[allow(dead_code, reason = "there are no snapshots yet")]
-struct VsockOverride {
-    uds_path: String,
 }
 
 #[cfg(test)]

@@ -1,0 +1,256 @@
+//! Snapshots of the probe guest, and machines that go on from them.
+
+use std::io::Write as _;
+use std::net::Shutdown;
+use std::path::{Path, PathBuf};
+
+use casemate_tests::{Machine, Vm, pattern_disk};
+use serde_json::json;
+
+use super::probe;
+
+/// A test's directory, which a jailed broker may make files in, and the snapshot's two files there.
+struct Place(tempfile::TempDir);
+
+impl Place {
+    fn new() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let open = std::os::unix::fs::PermissionsExt::from_mode(0o777);
+        std::fs::set_permissions(dir.path(), open).unwrap();
+        Self(dir)
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.0.path().join(name)
+    }
+
+    /// A jail that may make them.
+    fn to_make(&self, vm: Vm) -> Vm {
+        let dir = format!("{}/", self.0.path().display());
+        vm.jailer_arg("--allow-create").jailer_arg(&dir)
+    }
+
+    /// A jail that may read them: they are of another user than its own.
+    fn to_read(&self, vm: Vm) -> Vm {
+        ["state", "memory"].iter().fold(vm, |vm, name| {
+            let path = self.path(name).display().to_string();
+            vm.jailer_arg("--grant-ro").jailer_arg(&path)
+        })
+    }
+
+    fn pause(machine: &mut Machine) {
+        machine
+            .patch("/vm", json!({ "state": "Paused" }))
+            .assert_done();
+    }
+
+    fn create(&self, machine: &mut Machine) {
+        let body =
+            json!({ "snapshot_path": self.path("state"), "mem_file_path": self.path("memory") });
+        machine.put("/snapshot/create", body).assert_done();
+    }
+
+    /// A machine that goes on from it.
+    fn load(&self, vm: Vm, resume: bool) -> Machine {
+        let mut machine = Machine::new(vm);
+        let memory = json!({ "backend_type": "File", "backend_path": self.path("memory") });
+        let body = json!({ "snapshot_path": self.path("state"), "mem_backend": memory, "resume_vm": resume });
+        machine.put("/snapshot/load", body).assert_done();
+        machine
+    }
+}
+
+fn drive(vm: Vm, disk: &Path, engine: &str) -> Vm {
+    vm.drive("disk", disk, true)
+        .set("/drives/0/io_engine", json!(engine))
+}
+
+/// How many rounds a guest has said so far.
+fn rounds(machine: &Machine) -> usize {
+    let said = machine.vm.said();
+    said.lines()
+        .filter(|line| line.contains("probe: round"))
+        .count()
+}
+
+#[test]
+fn a_guest_and_its_devices_go_on_where_they_were() {
+    for (jailed, engine) in [(false, "Sync"), (true, "Sync"), (true, "Async")] {
+        let place = Place::new();
+        let disk = place.path("disk");
+        pattern_disk(&disk, 8).unwrap();
+        let machine = |task: &str| {
+            let vm = drive(probe(task), &disk, engine).entropy();
+            if jailed { vm } else { vm.unjailed() }
+        };
+        let vm = place.to_make(machine("probe.task=rounds"));
+        let config = vm.config().clone();
+        let mut first = Machine::new(vm);
+        first.describe(&config);
+        first
+            .put("/drives/disk", config["drives"][0].clone())
+            .assert_done();
+        first.put("/entropy", json!({})).assert_done();
+        first.start();
+        first.vm.wait_for_line("probe: round 5").unwrap();
+        Place::pause(&mut first);
+        place.create(&mut first);
+        let said = rounds(&first);
+        let drives = first.get("/vm/config")["drives"].clone();
+        let next = format!("probe: round {said}");
+        // The one that was saved goes on, too.
+        first
+            .patch("/vm", json!({ "state": "Resumed" }))
+            .assert_done();
+        first.vm.wait_for_line(&next).unwrap();
+        first.kill();
+        for resume in [true, false] {
+            let mut second = place.load(place.to_read(machine("")), resume);
+            assert_eq!(second.get("/vm/config")["drives"], drives);
+            if !resume {
+                assert_eq!(second.get("/")["state"], "Paused");
+                assert_eq!(rounds(&second), 0);
+                second
+                    .patch("/vm", json!({ "state": "Resumed" }))
+                    .assert_done();
+            }
+            second.vm.wait_for_line(&next).unwrap();
+            let later = format!("probe: round {}", said + 5);
+            second.vm.wait_for_line(&later).unwrap();
+            assert!(!second.vm.said().contains("FAIL"), "{}", second.vm.said());
+            second.kill();
+        }
+    }
+}
+
+/// A started machine, unjailed, whose guest ticks.
+fn ticking(vm: Vm) -> Machine {
+    let config = vm.config().clone();
+    let mut machine = Machine::new(vm.unjailed());
+    machine.describe(&config);
+    machine
+}
+
+/// What cannot be saved is refused by name, leaves nothing behind, and runs on.
+#[test]
+fn what_cannot_be_saved_is_refused() {
+    let place = Place::new();
+    let mut machine = ticking(probe("probe.task=tick"));
+    let room = json!({ "total_size_mib": 128 });
+    machine.put("/hotplug/memory", room).assert_done();
+    machine.start();
+    let create = |machine: &mut Machine, kind: &str, memory: &str| {
+        let body = json!({ "snapshot_type": kind, "snapshot_path": place.path("state"), "mem_file_path": place.path(memory) });
+        machine.put("/snapshot/create", body)
+    };
+    create(&mut machine, "Full", "memory").assert_refused("a machine that is paused");
+    Place::pause(&mut machine);
+    create(&mut machine, "Diff", "memory").assert_refused("not supported yet");
+    create(&mut machine, "Full", "state").assert_refused("are one file");
+    create(&mut machine, "Full", "memory").assert_refused("Mem device cannot be in a snapshot");
+    let left: Vec<_> = std::fs::read_dir(place.0.path()).unwrap().collect();
+    assert!(left.is_empty(), "{left:?}");
+    machine
+        .patch("/vm", json!({ "state": "Resumed" }))
+        .assert_done();
+    machine.vm.wait_for_line("probe: tick 5").unwrap();
+    machine.kill();
+}
+
+/// Files that are no snapshot, or not of one snapshot, are refused, and another one can be loaded afterwards.
+#[test]
+fn what_is_no_snapshot_is_refused() {
+    let (place, other) = (Place::new(), Place::new());
+    for place in [&place, &other] {
+        let mut machine = ticking(probe("probe.task=tick"));
+        machine.start();
+        machine.vm.wait_for_line("probe: tick 1").unwrap();
+        Place::pause(&mut machine);
+        place.create(&mut machine);
+        machine.kill();
+    }
+    let state = std::fs::read(place.path("state")).unwrap();
+    let memory = std::fs::read(place.path("memory")).unwrap();
+    std::fs::write(place.path("half"), &state[..state.len() / 2]).unwrap();
+    let mut flipped = state.clone();
+    flipped[state.len() / 2] ^= 1;
+    std::fs::write(place.path("flipped"), flipped).unwrap();
+    std::fs::write(place.path("short"), &memory[..memory.len() - 4096]).unwrap();
+    let mut machine = Machine::new(probe("").unjailed());
+    let file = |path: PathBuf| json!({ "backend_type": "File", "backend_path": path });
+    let (good, right) = (place.path("state"), file(place.path("memory")));
+    for (state, memory, words) in [
+        (place.path("none"), &right, "No such file"),
+        (place.path("half"), &right, "cut off"),
+        (place.path("flipped"), &right, "damaged"),
+        (place.path("memory"), &right, "snapshot"),
+        (good.clone(), &file(place.path("none")), "No such file"),
+        (good.clone(), &file(place.path("short")), "memory"),
+        (good.clone(), &file(place.path("state")), "memory"),
+        (good.clone(), &file(other.path("memory")), "snapshot"),
+        (
+            good.clone(),
+            &json!({ "backend_type": "Uffd", "backend_path": "/x" }),
+            "not supported yet",
+        ),
+    ] {
+        let body = json!({ "snapshot_path": state, "mem_backend": memory });
+        let answer = machine.put("/snapshot/load", body);
+        answer.assert_refused(words);
+        assert_eq!(machine.get("/")["state"], "Not started");
+    }
+    let cards = json!([{ "iface_id": "eth7", "host_dev_name": "tap0" }]);
+    let body = json!({ "snapshot_path": good, "mem_backend": right, "network_overrides": cards });
+    let answer = machine.put("/snapshot/load", body);
+    answer.assert_refused("no network interface eth7");
+    let body = json!({ "snapshot_path": good, "mem_backend": right, "mem_file_path": "/m" });
+    let answer = machine.put("/snapshot/load", body);
+    answer.assert_refused("one of");
+    let body = json!({ "snapshot_path": good, "mem_backend": right, "resume_vm": true });
+    machine.put("/snapshot/load", body.clone()).assert_done();
+    machine.vm.wait_for_line("probe: tick 4").unwrap();
+    machine
+        .put("/snapshot/load", body.clone())
+        .assert_refused("before the machine is started");
+    machine.kill();
+    // A machine that has been described is not loaded over.
+    let mut machine = Machine::new(probe("").unjailed());
+    machine.put("/entropy", json!({})).assert_done();
+    machine
+        .put("/snapshot/load", body)
+        .assert_refused("configured already");
+    machine.kill();
+}
+
+/// The other devices whose drivers wait: each hears what comes after the restore.
+#[test]
+fn drivers_that_wait_go_on_waiting() {
+    let place = Place::new();
+    let task = "probe.task=vsock probe.port=52";
+    let vm = probe(task).vsock().unjailed();
+    let config = vm.config().clone();
+    let mut first = Machine::new(vm);
+    first.describe(&config);
+    first.put("/vsock", config["vsock"].clone()).assert_done();
+    first.start();
+    first.vm.wait_for_line("probe: listening on 52").unwrap();
+    Place::pause(&mut first);
+    place.create(&mut first);
+    first.kill();
+    let vm = probe("").unjailed();
+    let sockets = vm.vsock_path();
+    let mut second = Machine::new(vm);
+    let body = json!({
+        "snapshot_path": place.path("state"),
+        "mem_backend": { "backend_type": "File", "backend_path": place.path("memory") },
+        "vsock_override": { "uds_path": sockets },
+        "resume_vm": true,
+    });
+    second.put("/snapshot/load", body).assert_done();
+    let (mut stream, answer) = super::vsock::connect(&sockets, 52);
+    assert!(answer.starts_with("OK "), "{answer}");
+    stream.write_all(b"still here").unwrap();
+    stream.shutdown(Shutdown::Write).unwrap();
+    assert_eq!(std::io::read_to_string(stream).unwrap(), "still here");
+    second.vm.wait().unwrap().assert_line("probe: vsock ok");
+}

@@ -1,0 +1,227 @@
+//! Makes snapshots of the machine, and has a machine go on from one.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use log::info;
+use serde::Deserialize;
+
+use super::{Desk, Fault, Reply};
+use crate::config::{Config, HugePages};
+use crate::machine::state::{self, Saved};
+use crate::machine::{self, Files, Restore, RunningMachine};
+use crate::resources::Beginning;
+use crate::snapshot::format;
+
+/// What errors call the two files.
+const STATE: &str = "snapshot";
+const MEMORY: &str = "snapshot memory";
+
+/// `PUT /snapshot/create`
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct CreateSnapshot {
+    #[serde(default)]
+    snapshot_type: SnapshotType,
+    snapshot_path: String,
+    mem_file_path: String,
+}
+
+#[derive(Debug, Default, Deserialize, PartialEq, Eq)]
+enum SnapshotType {
+    #[default]
+    Full,
+    Diff,
+}
+
+/// `PUT /snapshot/load`
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct LoadSnapshot {
+    snapshot_path: String,
+    mem_file_path: Option<String>,
+    mem_backend: Option<MemoryBackend>,
+    #[serde(default)]
+    enable_diff_snapshots: bool,
+    #[serde(default)]
+    track_dirty_pages: bool,
+    #[serde(default)]
+    resume_vm: bool,
+    #[serde(default)]
+    network_overrides: Vec<NetworkOverride>,
+    vsock_override: Option<VsockOverride>,
+    #[serde(default)]
+    clock_realtime: bool,
+    huge_pages: Option<RestoredPages>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct MemoryBackend {
+    backend_path: String,
+    backend_type: BackendType,
+}
+
+#[derive(Debug, Deserialize)]
+enum BackendType {
+    File,
+    Uffd,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct NetworkOverride {
+    iface_id: String,
+    host_dev_name: String,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct VsockOverride {
+    uds_path: String,
+}
+
+#[derive(Clone, Copy, Debug, Deserialize)]
+enum RestoredPages {
+    /// As they were.
+    Snapshot,
+    None,
+    Transparent,
+    #[serde(rename = "2M")]
+    TwoMegabytes,
+}
+
+impl LoadSnapshot {
+    /// Whether something in it is of an older version of the API.
+    pub fn is_deprecated(&self) -> bool {
+        self.mem_file_path.is_some() || self.enable_diff_snapshots
+    }
+
+    /// Where the memory is.
+    fn memory(&self) -> Result<&str, Fault> {
+        match (&self.mem_file_path, &self.mem_backend) {
+            (Some(path), None) => Ok(path),
+            (None, Some(backend)) => match backend.backend_type {
+                BackendType::File => Ok(&backend.backend_path),
+                BackendType::Uffd => Err(Fault::NotYet(
+                    "memory from a userfaultfd handler (`backend_type` Uffd)",
+                )),
+            },
+            _ => Err(Fault::MemoryOnce),
+        }
+    }
+
+    /// The config of the machine that was saved, changed as this asks for.
+    fn change(&self, config: &mut Config) -> Result<(), Fault> {
+        let machine = &mut config.machine_config;
+        machine.track_dirty_pages = self.track_dirty_pages || self.enable_diff_snapshots;
+        machine.huge_pages = match self.huge_pages {
+            None | Some(RestoredPages::Snapshot) => machine.huge_pages,
+            Some(RestoredPages::None) => HugePages::None,
+            Some(RestoredPages::Transparent) => HugePages::Transparent,
+            Some(RestoredPages::TwoMegabytes) => HugePages::TwoMegabytes,
+        };
+        for change in &self.network_overrides {
+            let mut cards = config.network_interfaces.iter_mut();
+            let card = cards.find(|card| card.iface_id == change.iface_id);
+            let card = card
+                .ok_or_else(|| Fault::NoDevice(format!("network interface {}", change.iface_id)))?;
+            card.host_dev_name = Some(change.host_dev_name.clone());
+        }
+        if let Some(change) = &self.vsock_override {
+            let vsock = config.vsock.as_mut();
+            let vsock = vsock.ok_or_else(|| Fault::NoDevice("Vsock device".to_owned()))?;
+            vsock.uds_path = change.uds_path.clone();
+        }
+        config.check()?;
+        Ok(())
+    }
+}
+
+impl Desk {
+    /// Makes a snapshot of a machine that is paused. Nothing is left of one that fails.
+    pub(super) fn create_snapshot(
+        &mut self,
+        machine: &RunningMachine,
+        create: &CreateSnapshot,
+    ) -> Result<Reply, Fault> {
+        if !self.paused {
+            return Err(Fault::NotPausedYet);
+        }
+        if create.snapshot_type == SnapshotType::Diff {
+            return Err(Fault::NotYet("making snapshots of what has changed (Diff)"));
+        }
+        let (state, memory) = (&create.snapshot_path, &create.mem_file_path);
+        if state == memory {
+            return Err(Fault::OneFile);
+        }
+        machine.can_be_saved(&self.config)?;
+        let start = Instant::now();
+        let files = Files {
+            state: self.source.create_later(STATE, state)?,
+            memory: self
+                .source
+                .create_later(MEMORY, memory)
+                .inspect_err(|_| self.give_up(state))?,
+        };
+        let saved = machine.save(&self.config, files);
+        let written = saved.inspect_err(|_| {
+            self.give_up(state);
+            self.give_up(memory);
+        })?;
+        // The memory first: the state says that a snapshot is there.
+        let named = self.source.commit(MEMORY, memory);
+        named.inspect_err(|_| {
+            self.give_up(state);
+            self.give_up(memory);
+        })?;
+        let named = self.source.commit(STATE, state);
+        named.inspect_err(|_| self.give_up(state))?;
+        info!(
+            "snapshot: {} pages of {} MiB in {:?}",
+            written.pages,
+            written.ram >> 20,
+            start.elapsed()
+        );
+        Ok(Reply::Done)
+    }
+
+    fn give_up(&mut self, name: &str) {
+        if let Err(error) = self.source.discard(STATE, name) {
+            info!("snapshot: {name} stays until this process ends: {error}");
+        }
+    }
+
+    /// Has a machine go on from a snapshot, before anything else has been said of one.
+    pub(super) fn load_snapshot(&mut self, load: &LoadSnapshot) -> Result<Reply, Fault> {
+        if !self.config.is_untouched() {
+            return Err(Fault::Configured);
+        }
+        let memory = load.memory()?;
+        let file = self.source.open_file(STATE, &load.snapshot_path)?;
+        let (id, sections) = format::read(&file).map_err(state::Error::from)?;
+        let mut saved: Saved = state::parse(id, &sections)?;
+        let mut config = saved.machine.config.clone();
+        load.change(&mut config)?;
+        saved.machine.config = config.clone();
+        let memory = Arc::new(self.source.open_file(MEMORY, memory)?);
+        let options = machine::Options {
+            enable_pci: saved.machine.enable_pci,
+            // Nobody boots.
+            boot_timer: None,
+            ..self.options
+        };
+        let restore = Restore {
+            saved,
+            memory,
+            by_wall_clock: load.clock_realtime,
+        };
+        let resources = self.open(&config, Beginning::Snapshot)?;
+        self.source.lock_down()?;
+        let machine = machine::build(&config, resources, options, Some(restore))?;
+        self.config = config;
+        self.options = options;
+        self.paused = !load.resume_vm;
+        self.take_over(machine.start())
+    }
+}

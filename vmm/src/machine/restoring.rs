@@ -1,0 +1,203 @@
+//! Makes a machine that goes on from a saved one, step by step beside [`build`](super::build): where a new machine is given
+//! what its firmware and its kernel would find, this one is given what was saved.
+
+use std::fs::File;
+use std::sync::Arc;
+
+use kvm_bindings::CpuId;
+use thiserror::Error;
+
+use super::Panel;
+use super::attached::Working;
+use super::devices::DeviceName;
+use super::hotplug::Hotplug;
+use super::state::{DeviceState, MachineState, Saved};
+use crate::devices::SerialPort;
+use crate::devices::serial::{SavedSerial, SerialOptions};
+use crate::kvm::cpuid::MachineCpuid;
+use crate::kvm::{self, Vcpu, Vm};
+use crate::memory::{self, GuestMemory};
+use crate::snapshot::memory as memory_file;
+use crate::virtio::transport::mmio::MmioTransport;
+use crate::virtio::transport::state::RestoreError;
+use crate::virtio::worker::Restored;
+
+/// A saved machine that another one goes on from.
+pub struct Restore {
+    /// All of it but the memory.
+    pub saved: Saved,
+    /// The memory.
+    pub memory: Arc<File>,
+    /// Whether the guest's clock goes on as if it had run meanwhile.
+    pub by_wall_clock: bool,
+}
+
+/// Why no machine goes on from a saved one.
+#[derive(Debug, Error)]
+pub enum Error {
+    /// The memory file.
+    #[error("the snapshot's memory: {0}")]
+    Memory(#[from] memory_file::Error),
+    /// Another number of vCPUs than its config has.
+    #[error("the snapshot has {found} vCPUs, its config {expected}")]
+    Vcpus {
+        /// How many are saved.
+        found: usize,
+        /// How many there can be.
+        expected: usize,
+    },
+    /// Other devices than its config has.
+    #[error("the snapshot's devices are not those of its config: {0}")]
+    Devices(String),
+    /// A transport.
+    #[error("the snapshot's {device}: {source}")]
+    Transport {
+        /// Whose it is.
+        device: DeviceName,
+        /// Why.
+        source: RestoreError,
+    },
+    /// Another part of it.
+    #[error("the snapshot's {0} make no sense")]
+    Nonsense(&'static str),
+    /// Persistent memory would be elsewhere.
+    #[error("the file of pmem {0} has another size than when the machine was saved")]
+    Pmem(String),
+}
+
+impl Restore {
+    fn machine(&self) -> &MachineState {
+        &self.saved.machine
+    }
+
+    /// The memory.
+    pub(super) fn memory(&self, options: memory::Options) -> Result<GuestMemory, Error> {
+        let regions = &self.machine().memory;
+        memory_file::check(&self.memory, self.saved.id, regions)?;
+        Ok(memory_file::map(&self.memory, regions, options)?)
+    }
+
+    /// The vCPUs, and what KVM has besides; `here` is what a new machine would be told on this host.
+    pub(super) fn processors(
+        &self,
+        vm: &Vm,
+        vcpus: &[Vcpu],
+        here: &MachineCpuid,
+    ) -> Result<Vec<CpuId>, super::Error> {
+        let saved = &self.saved.vcpus;
+        let (found, expected) = (saved.len(), vcpus.len());
+        if found != expected {
+            return Err(Error::Vcpus { found, expected }.into());
+        }
+        let mut cpuids = Vec::with_capacity(expected);
+        for (vcpu, saved) in vcpus.iter().zip(saved) {
+            vcpu.restore(saved, &here.of_vcpu(vcpu.id())?)?;
+            let cpuid = CpuId::from_entries(saved.cpuid());
+            cpuids.push(cpuid.map_err(|_| kvm::Error::TooManyEntries("CPUID"))?);
+        }
+        vm.restore(&self.saved.vm, self.by_wall_clock)?;
+        Ok(cpuids)
+    }
+
+    /// The serial port.
+    pub(super) fn serial(&self, options: SerialOptions) -> Result<SerialPort, Error> {
+        let saved: &SavedSerial = &self.machine().serial;
+        let port = SerialPort::restored(options, saved);
+        port.map_err(|_| Error::Nonsense("serial port's registers"))
+    }
+
+    /// Where the devices called `names`, in this order, are attached.
+    pub(super) fn places(&self, names: &[DeviceName], pci: bool) -> Result<Vec<usize>, Error> {
+        let machine = self.machine();
+        if machine.enable_pci != pci || machine.devices.len() != names.len() {
+            let (found, expected) = (machine.devices.len(), names.len());
+            return Err(Error::Devices(format!("{found} of {expected}")));
+        }
+        names
+            .iter()
+            .map(|name| Ok(self.device(name)?.place))
+            .collect()
+    }
+
+    fn device(&self, name: &DeviceName) -> Result<&DeviceState, Error> {
+        let mut devices = self.machine().devices.iter();
+        let found = devices.find(|device| device.name == *name);
+        found.ok_or_else(|| Error::Devices(format!("{name} is missing")))
+    }
+
+    /// Whether persistent memory is where it was.
+    pub(super) fn check_pmem<'a>(
+        &self,
+        places: impl Iterator<Item = (&'a String, &'a u64)>,
+    ) -> Result<(), Error> {
+        for (id, address) in places {
+            if self.machine().pmem.get(id) != Some(address) {
+                return Err(Error::Pmem(id.clone()));
+            }
+        }
+        Ok(())
+    }
+
+    /// What is neither virtio nor a CPU. Once its interrupts are bound.
+    pub(super) fn panel(&self, panel: &Panel) -> Result<(), Error> {
+        let machine = self.machine();
+        if !panel.i8042.restore(&machine.i8042) {
+            return Err(Error::Nonsense("keyboard's registers"));
+        }
+        panel.acpi.restore(machine.acpi_events);
+        panel.clock.restore(machine.clock);
+        match (&panel.vcpus, machine.vcpus) {
+            (Some(registers), Some(saved)) if registers.restore(saved) => Ok(()),
+            (None, None) => Ok(()),
+            _ => Err(Error::Nonsense("registers of vCPUs")),
+        }
+    }
+
+    /// The transports of the devices called `names`, in the order of their indices on the device thread, and how the devices
+    /// are to go on.
+    pub(super) fn devices(
+        mut self,
+        names: &[DeviceName],
+        windows: &[Arc<MmioTransport>],
+        hotplug: Option<&Hotplug>,
+    ) -> Result<Vec<Restored>, Error> {
+        let mut restored = Vec::with_capacity(names.len());
+        for (index, name) in (0..).zip(names) {
+            let place = self.device(name)?.place;
+            let attached = Working::find(windows, hotplug, index);
+            let attached = attached.filter(|(number, _)| *number == place);
+            let (_, transport) =
+                attached.ok_or_else(|| Error::Devices(format!("{name} is elsewhere")))?;
+            let devices = &mut self.saved.machine.devices;
+            let device = devices.iter_mut().find(|device| device.name == *name);
+            let Some(device) = device else { continue };
+            let start = transport.restore(&device.transport);
+            let start = start.map_err(|source| Error::Transport {
+                device: name.clone(),
+                source,
+            })?;
+            restored.push(Restored {
+                index,
+                data: device.data.take(),
+                start,
+            });
+        }
+        let pci = self.saved.machine.pci;
+        let same = match (hotplug, pci) {
+            (Some(hotplug), Some(pci)) => hotplug.registers().restore(pci),
+            (None, None) => true,
+            _ => false,
+        };
+        same.then_some(restored)
+            .ok_or(Error::Nonsense("registers of PCI devices"))
+    }
+}
+
+/// The machine's devices where a saved machine had them, or one behind the other.
+pub(super) fn places(
+    restore: Option<&Restore>,
+    names: &[DeviceName],
+    pci: bool,
+) -> Result<Option<Vec<usize>>, Error> {
+    restore.map(|it| it.places(names, pci)).transpose()
+}

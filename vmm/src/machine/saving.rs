@@ -1,0 +1,213 @@
+//! Saves a paused machine: [`RunningMachine::hold`] has the devices rest and says what they are, and the [`Saver`], a thread
+//! of its own, adds the vCPUs and writes all of it and the memory to two files.
+//!
+//! It is a thread of its own so that no other one may ask KVM for a vCPU's registers or write to files by `pwrite`.
+
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt as _;
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::thread::Builder;
+
+use thiserror::Error;
+
+use super::RunningMachine;
+use super::devices::DeviceName;
+use super::state::{DeviceState, MachineState, sections};
+use crate::config::Config;
+use crate::kvm::{self, StateReader};
+use crate::memory::GuestMemory;
+use crate::memory::touched::Untouched;
+use crate::snapshot::writer::{self, Written};
+use crate::snapshot::{SnapshotId, format, memory};
+use crate::virtio::worker::Held;
+
+/// Why a machine was not saved. It is as before.
+#[derive(Debug, Error)]
+pub enum Error {
+    /// A device that cannot move.
+    #[error("{device} cannot be in a snapshot: {why}")]
+    Obstacle {
+        /// Which one.
+        device: DeviceName,
+        /// Why.
+        why: &'static str,
+    },
+    /// A device is on its way out.
+    #[error("the guest is letting go of a device: try again")]
+    Leaving,
+    /// Nobody is there to do it.
+    #[error("this machine was started without what saves it: start it with an API")]
+    NoSaver,
+    /// A thread has ended.
+    #[error("the {0} thread has ended")]
+    NoThread(&'static str),
+    /// KVM does not say what it has.
+    #[error(transparent)]
+    Kvm(#[from] kvm::Error),
+    /// It cannot be written down.
+    #[error("the state cannot be written as JSON: {0}")]
+    Json(#[from] serde_json::Error),
+    /// It is too large.
+    #[error(transparent)]
+    Format(#[from] format::Error),
+    /// The memory file.
+    #[error("the memory file: {0}")]
+    Memory(#[from] memory::Error),
+    /// One of the files.
+    #[error("cannot {action} the {file}: {source}")]
+    Write {
+        /// What was being done.
+        action: &'static str,
+        /// To which of them.
+        file: &'static str,
+        /// What the host said.
+        source: io::Error,
+    },
+    /// No random bytes.
+    #[error("cannot draw an id (getrandom): {0}")]
+    Random(#[source] io::Error),
+}
+
+/// The two files of a snapshot, new and empty.
+#[derive(Debug)]
+pub struct Files {
+    /// For the state.
+    pub state: File,
+    /// For the memory.
+    pub memory: File,
+}
+
+struct Job {
+    machine: MachineState,
+    files: Files,
+}
+
+/// The way to the thread that saves.
+pub struct Saver {
+    jobs: Sender<Job>,
+    results: Receiver<Result<Written, Error>>,
+}
+
+impl Saver {
+    /// Starts the thread, which calls `seal` first of all, and does nothing if that fails.
+    ///
+    /// # Errors
+    /// When the kernel gives no thread.
+    pub(super) fn start(
+        reader: StateReader,
+        memory: GuestMemory,
+        seal: impl FnOnce() -> Result<(), ()> + Send + 'static,
+    ) -> io::Result<Self> {
+        let (jobs, to_do) = channel::<Job>();
+        let (done, results) = channel();
+        let run = move || {
+            if seal().is_err() {
+                return;
+            }
+            for job in to_do {
+                if done.send(save(&reader, &memory, job)).is_err() {
+                    return;
+                }
+            }
+        };
+        Builder::new().name("snapshot".to_owned()).spawn(run)?;
+        Ok(Self { jobs, results })
+    }
+
+    fn save(&self, job: Job) -> Result<Written, Error> {
+        let gone = || Error::NoThread("snapshot");
+        self.jobs.send(job).map_err(|_| gone())?;
+        self.results.recv().map_err(|_| gone())?
+    }
+}
+
+/// The memory first: a state file says that all of the snapshot is there.
+fn save(reader: &StateReader, memory: &GuestMemory, job: Job) -> Result<Written, Error> {
+    let Job { mut machine, files } = job;
+    machine.memory = writer::regions(memory);
+    let sections = sections(&machine, &reader.vcpus()?, &reader.vm()?)?;
+    let id = SnapshotId::random().map_err(Error::Random)?;
+    let state = format::encode(id, &sections)?;
+    let written = writer::write(memory, Untouched::Mapped, &files.memory, id)?;
+    let failed = |action, file| {
+        move |source| Error::Write {
+            action,
+            file,
+            source,
+        }
+    };
+    let synced = files.memory.sync_all();
+    synced.map_err(failed("sync", "memory file"))?;
+    let put = files.state.write_all_at(&state, 0);
+    put.map_err(failed("write", "state file"))?;
+    let synced = files.state.sync_all();
+    synced.map_err(failed("sync", "state file"))?;
+    Ok(written)
+}
+
+impl RunningMachine {
+    /// Saves the machine, whose vCPUs are paused, to `files`. Its config is `config`. The devices rest meanwhile, and go
+    /// on afterwards.
+    ///
+    /// # Errors
+    /// When something of it cannot be in a snapshot, or the host refuses. The machine is as before.
+    pub fn save(&self, config: &Config, files: Files) -> Result<Written, Error> {
+        let saver = self.saver.as_ref().ok_or(Error::NoSaver)?;
+        let (machine, held) = self.hold(config)?;
+        let written = saver.save(Job { machine, files });
+        drop(held);
+        written
+    }
+
+    /// Whether the machine can be saved at all, before anything is made for it.
+    ///
+    /// # Errors
+    /// Why not.
+    pub fn can_be_saved(&self, config: &Config) -> Result<(), Error> {
+        self.saver.as_ref().ok_or(Error::NoSaver)?;
+        self.hold(config).map(drop)
+    }
+
+    fn hold(&self, config: &Config) -> Result<(MachineState, Option<Held>), Error> {
+        let panel = &self.panel;
+        let pci = self.hotplug.as_ref().map(|it| it.registers().save());
+        if pci.is_some_and(|pci| pci.is_leaving()) {
+            return Err(Error::Leaving);
+        }
+        let (saved, held) = self
+            .devices
+            .hold()
+            .map_err(|()| Error::NoThread("device"))?;
+        let mut devices = Vec::with_capacity(saved.len());
+        for saved in saved {
+            let Some(attached) = self.attached(saved.index) else {
+                continue;
+            };
+            if let Some(why) = saved.obstacle {
+                let device = attached.name;
+                return Err(Error::Obstacle { device, why });
+            }
+            devices.push(DeviceState {
+                name: attached.name,
+                place: attached.place,
+                transport: attached.transport.save(&saved.queues.unwrap_or_default()),
+                data: saved.data,
+            });
+        }
+        let machine = MachineState {
+            config: config.clone(),
+            enable_pci: self.hotplug.is_some(),
+            memory: Vec::new(),
+            pmem: self.pmem_places.clone(),
+            serial: panel.serial.save(),
+            i8042: panel.i8042.save(),
+            acpi_events: panel.acpi.pending(),
+            clock: panel.clock.save(),
+            vcpus: panel.vcpus.as_ref().map(|vcpus| vcpus.save()),
+            pci,
+            devices,
+        };
+        Ok((machine, held))
+    }
+}
