@@ -59,7 +59,6 @@ use hotplug::Hotplug;
 use network::Metadata;
 pub use panel::Panel;
 use panel::panel;
-pub use pmem::explain;
 pub use restoring::Restore;
 pub use running::RunningMachine;
 pub use saving::{Error as SaveError, Files, Saver};

@@ -4,7 +4,7 @@ use std::io::Write as _;
 use std::net::Shutdown;
 use std::path::{Path, PathBuf};
 
-use casemate_tests::{Machine, Vm, pattern_disk};
+use casemate_tests::{Machine, Vm, exit, pattern_disk};
 use serde_json::json;
 
 use super::probe;
@@ -253,4 +253,39 @@ fn drivers_that_wait_go_on_waiting() {
     stream.shutdown(Shutdown::Write).unwrap();
     assert_eq!(std::io::read_to_string(stream).unwrap(), "still here");
     second.vm.wait().unwrap().assert_line("probe: vsock ok");
+}
+
+/// Cut off under a machine that runs from it: an end that says so, whoever notices.
+#[test]
+fn a_memory_file_that_is_cut_off_is_a_named_end() {
+    for (task, jailed) in [("tick", false), ("rounds", true)] {
+        let place = Place::new();
+        let disk = place.path("disk");
+        pattern_disk(&disk, 8).unwrap();
+        let machine = |task: &str| {
+            let vm = drive(probe(task), &disk, "Sync").entropy();
+            if jailed { vm } else { vm.unjailed() }
+        };
+        let vm = place.to_make(machine(&format!("probe.task={task}")));
+        let config = vm.config().clone();
+        let mut first = Machine::new(vm);
+        first.describe(&config);
+        first
+            .put("/drives/disk", config["drives"][0].clone())
+            .assert_done();
+        first.put("/entropy", json!({})).assert_done();
+        first.start();
+        first.vm.wait_for_line("1").unwrap();
+        Place::pause(&mut first);
+        place.create(&mut first);
+        first.kill();
+        let second = place.load(place.to_read(machine("")), true);
+        second.vm.wait_for_line("probe").unwrap();
+        let mut writing = std::fs::File::options();
+        let file = writing.write(true).open(place.path("memory"));
+        file.unwrap().set_len(4096).unwrap();
+        let done = second.vm.wait().unwrap();
+        assert_eq!(done.code, exit::VMM_FAILED, "{done:#?}");
+        assert!(done.stderr.contains("memory file was cut off"), "{done:#?}");
+    }
 }

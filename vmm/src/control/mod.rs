@@ -7,7 +7,6 @@ pub mod observe;
 
 use std::io;
 use std::os::fd::AsRawFd;
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use log::info;
@@ -17,7 +16,7 @@ use thiserror::Error;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 use crate::ending::End;
-use crate::machine::{Machine, Panel, RunningMachine, explain};
+use crate::machine::{Machine, Panel, RunningMachine};
 use crate::metrics::Reporter;
 use crate::resources::Source;
 use api::Api;
@@ -265,7 +264,7 @@ impl Control {
             self.metrics.tick(Instant::now());
             // A guest that ended by itself has the last word.
             if let Some(end) = panel.ends.announced() {
-                return Ok(explain(end, panel.pmem.iter().map(Arc::as_ref)));
+                return Ok(panel.explain(end));
             }
             if self.deadline.is_some_and(|at| at <= Instant::now()) {
                 return Ok(End::ByHost);

@@ -10,8 +10,9 @@ use crate::config::Config;
 use crate::devices::{
     AcpiRegisters, ClockPage, Generation, I8042, SerialOptions, SerialPort, VcpuRegisters,
 };
-use crate::ending::EndSignal;
+use crate::ending::{End, EndSignal};
 use crate::memory::GuestMemory;
+use crate::memory::cut_off::MappedFile;
 use crate::metrics::Source;
 use crate::mmds::Store;
 use crate::virtio::pmem::PmemFile;
@@ -36,6 +37,8 @@ pub struct Panel {
     pub metadata: Arc<Store>,
     /// The files in the guest's address space.
     pub pmem: Vec<Arc<PmemFile>>,
+    /// What the memory is mapped from, if the machine goes on from a snapshot.
+    pub memory_file: Option<MappedFile>,
     /// Where the machine's end is announced.
     pub ends: Arc<EndSignal>,
     /// What the machine counts.
@@ -43,6 +46,20 @@ pub struct Panel {
 }
 
 impl Panel {
+    /// The end of a machine; one whose guest could not go on because the host cut a file off under it has that as its
+    /// cause, and not the guest.
+    pub fn explain(&self, end: End) -> End {
+        let End::Crashed(why) = end else {
+            return end;
+        };
+        let memory = self.memory_file.as_ref().and_then(MappedFile::cut_off);
+        let pmem = || self.pmem.iter().find_map(|file| file.truncated());
+        match memory.or_else(pmem) {
+            Some(words) => End::Failed(format!("{words} ({why})")),
+            None => End::Crashed(why),
+        }
+    }
+
     /// Asks the guest to end: by Ctrl+Alt+Del, or by the power button where the guest has no driver for a keyboard.
     pub fn press_ctrl_alt_del(&self) {
         if !self.i8042.press_ctrl_alt_del() {
@@ -97,6 +114,7 @@ pub(super) fn panel(
         metadata,
         ends,
         pmem: Vec::new(),
+        memory_file: restore.map(Restore::watch).transpose()?,
         metrics,
     })
 }

@@ -7,7 +7,6 @@ use vm_memory::{Address as _, GuestMemoryBackend as _};
 
 use super::{Error, limits};
 use crate::config;
-use crate::ending::End;
 use crate::kvm::{self, Vm};
 use crate::memory::{GuestMemory, layout};
 use crate::virtio::pmem::PmemFile;
@@ -66,16 +65,4 @@ pub(super) fn add_later(
     let place = place.ok_or(Error::Kvm(kvm::Error::AddressSpace { end, bits }))?;
     vm.map_file(mapping, place, bits)?;
     Ok(unplaced.at(place))
-}
-
-/// The end of a machine whose guest could not go on because the host cut a file off under it: that is the cause,
-/// and not the guest.
-pub fn explain<'a>(end: End, mut files: impl Iterator<Item = &'a PmemFile>) -> End {
-    match end {
-        End::Crashed(why) => match files.find_map(PmemFile::truncated) {
-            Some(words) => End::Failed(format!("{words} ({why})")),
-            None => End::Crashed(why),
-        },
-        other => other,
-    }
 }

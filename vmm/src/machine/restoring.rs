@@ -16,6 +16,7 @@ use crate::devices::SerialPort;
 use crate::devices::serial::{SavedSerial, SerialOptions};
 use crate::kvm::cpuid::MachineCpuid;
 use crate::kvm::{self, Vcpu, Vm};
+use crate::memory::cut_off::MappedFile;
 use crate::memory::{self, GuestMemory};
 use crate::snapshot::memory as memory_file;
 use crate::virtio::transport::mmio::MmioTransport;
@@ -38,6 +39,9 @@ pub enum Error {
     /// The memory file.
     #[error("the snapshot's memory: {0}")]
     Memory(#[from] memory_file::Error),
+    /// Nobody would say what happened to it.
+    #[error("the snapshot's memory file cannot be watched: {0}")]
+    Watch(#[source] std::io::Error),
     /// Another number of vCPUs than its config has.
     #[error("the snapshot has {found} vCPUs, its config {expected}")]
     Vcpus {
@@ -73,8 +77,17 @@ impl Restore {
     /// The memory.
     pub(super) fn memory(&self, options: memory::Options) -> Result<GuestMemory, Error> {
         let regions = &self.machine().memory;
+        // Where else than a new machine of this size has it, it might lie over devices.
+        if *regions != memory::ram_regions(self.machine().config.memory_size()) {
+            return Err(Error::Nonsense("pieces of memory"));
+        }
         memory_file::check(&self.memory, self.saved.id, regions)?;
         Ok(memory_file::map(&self.memory, regions, options)?)
+    }
+
+    /// Its memory's file, which is to stay as it is from now on.
+    pub(super) fn watch(&self) -> Result<MappedFile, Error> {
+        MappedFile::watch(&self.memory).map_err(Error::Watch)
     }
 
     /// The vCPUs, and what KVM has besides; `here` is what a new machine would be told on this host.

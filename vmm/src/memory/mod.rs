@@ -1,5 +1,6 @@
 //! Guest memory: where it lies in the guest and what backs it on the host.
 
+pub mod cut_off;
 pub mod dirty;
 pub mod file_mapping;
 mod guest;

@@ -246,7 +246,7 @@ impl Msix {
             // Otherwise the next look at configuration space would forget what is pending.
             state.enabled = saved.pending != 0;
         }
-        for (queue, vector) in (0..).zip(&saved.queue_vectors) {
+        for (queue, vector) in (0..).zip(saved.queue_vectors.iter().take(MAX_QUEUES)) {
             self.set_vector(Source::Queue(queue), *vector);
         }
         self.set_vector(Source::Config, saved.config_vector);
