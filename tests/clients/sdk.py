@@ -99,7 +99,7 @@ def wait_for(what, holds):
 
 
 def drive(kernel, disk):
-    """Configures, starts, pauses, inspects and stops a machine."""
+    """Configures, starts, pauses, inspects, saves and stops a machine."""
     # Only now: the SDK reads its environment when it is imported.
     from firecracker import MicroVM
 
@@ -154,6 +154,15 @@ def drive(kernel, disk):
     call("vm.resume()")
     assert call("vm._vmm.get_vmm_state(id)") == "Running"
     wait_for("the guest runs again", lambda: ticks(output) > before)
+
+    # A snapshot, after which it goes on.
+    state, memory = (Path("/var/lib/firecracker") / name for name in ("state", "memory"))
+    call.names.update(state=str(state), memory=str(memory))
+    before = ticks(output)
+    call("vm.snapshot(action='create', memory_path=memory, snapshot_path=state)")
+    assert state.stat().st_size > 0 and memory.stat().st_size == (256 << 20) + 4096
+    assert call("vm._vmm.get_vmm_state(id)") == "Running"
+    wait_for("the guest goes on", lambda: ticks(output) > before)
 
     # What cannot be done is refused in words that the SDK hands on, and changes nothing.
     call.refused("vm._api.boot.put(kernel_image_path=kernel)", "only before the machine is started")
