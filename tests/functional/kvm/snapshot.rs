@@ -65,6 +65,19 @@ fn drive(vm: Vm, disk: &Path, engine: &str) -> Vm {
         .set("/drives/0/io_engine", json!(engine))
 }
 
+/// A started machine with a drive and an entropy device.
+fn started(vm: Vm) -> Machine {
+    let config = vm.config().clone();
+    let mut machine = Machine::new(vm);
+    machine.describe(&config);
+    machine
+        .put("/drives/disk", config["drives"][0].clone())
+        .assert_done();
+    machine.put("/entropy", json!({})).assert_done();
+    machine.start();
+    machine
+}
+
 /// How many rounds a guest has said so far.
 fn rounds(machine: &Machine) -> usize {
     let said = machine.vm.said();
@@ -83,15 +96,7 @@ fn a_guest_and_its_devices_go_on_where_they_were() {
             let vm = drive(probe(task), &disk, engine).entropy();
             if jailed { vm } else { vm.unjailed() }
         };
-        let vm = place.to_make(machine("probe.task=rounds"));
-        let config = vm.config().clone();
-        let mut first = Machine::new(vm);
-        first.describe(&config);
-        first
-            .put("/drives/disk", config["drives"][0].clone())
-            .assert_done();
-        first.put("/entropy", json!({})).assert_done();
-        first.start();
+        let mut first = started(place.to_make(machine("probe.task=rounds")));
         first.vm.wait_for_line("probe: round 5").unwrap();
         Place::pause(&mut first);
         place.create(&mut first);
@@ -266,15 +271,7 @@ fn a_memory_file_that_is_cut_off_is_a_named_end() {
             let vm = drive(probe(task), &disk, "Sync").entropy();
             if jailed { vm } else { vm.unjailed() }
         };
-        let vm = place.to_make(machine(&format!("probe.task={task}")));
-        let config = vm.config().clone();
-        let mut first = Machine::new(vm);
-        first.describe(&config);
-        first
-            .put("/drives/disk", config["drives"][0].clone())
-            .assert_done();
-        first.put("/entropy", json!({})).assert_done();
-        first.start();
+        let mut first = started(place.to_make(machine(&format!("probe.task={task}"))));
         first.vm.wait_for_line("1").unwrap();
         Place::pause(&mut first);
         place.create(&mut first);
