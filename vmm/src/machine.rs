@@ -61,7 +61,8 @@ pub use panel::Panel;
 use panel::panel;
 pub use restoring::Restore;
 pub use running::RunningMachine;
-pub use saving::{Error as SaveError, Files, Saver};
+use saving::Saver;
+pub use saving::{Error as SaveError, Files, HeldMachine};
 use vcpus::Vcpus;
 
 /// A machine whose guest has not run yet.
@@ -159,10 +160,9 @@ pub fn build(
         Some(restore) => restore.processors(&vm, &vcpus, &cpuid)?,
         None => new_processors(&vcpus, &cpuid, &template)?,
     };
-    let reader = options.can_be_saved.then(|| {
-        let vcpus: Vec<_> = vcpus.iter().zip(cpuids).collect();
-        vm.state_reader(&vcpus, pit)
-    });
+    let reader = options
+        .can_be_saved
+        .then(|| vm.state_reader(vcpus.iter().zip(cpuids), pit));
     let reader = reader.transpose()?;
 
     let ends = Arc::new(EndSignal::new().map_err(host("make an eventfd"))?);
@@ -181,10 +181,11 @@ pub fn build(
     devices.extend(panel.console.as_ref().map(ConsolePanel::device));
     devices.extend(drives::directories(config, fs)?);
     let names = devices::names(config, &devices);
-    let places = restoring::places(restore.as_ref(), &names, options.enable_pci)?;
-    if let Some(restore) = &restore {
-        restore.check_pmem(pmem_places.iter())?;
-    }
+    let places = restore.as_ref().map(|restore| {
+        restore.check_pmem(&pmem_places)?;
+        restore.places(&names, options.enable_pci)
+    });
+    let places = places.transpose()?;
     let counting = devices.iter().filter_map(|device| device.metrics());
     panel.metrics.extend(counting);
     let devices = if options.enable_pci {

@@ -65,15 +65,26 @@ fn drive(vm: Vm, disk: &Path, engine: &str) -> Vm {
         .set("/drives/0/io_engine", json!(engine))
 }
 
-/// A started machine with a drive and an entropy device.
-fn started(vm: Vm) -> Machine {
+/// A machine that is described by requests, as `vm` is, and not started yet.
+fn described(vm: Vm) -> Machine {
     let config = vm.config().clone();
     let mut machine = Machine::new(vm);
     machine.describe(&config);
+    if let Some(drive) = config.pointer("/drives/0") {
+        machine.put("/drives/disk", drive.clone()).assert_done();
+    }
+    for name in ["entropy", "vsock"] {
+        if let Some(device) = config.get(name) {
+            machine
+                .put(&format!("/{name}"), device.clone())
+                .assert_done();
+        }
+    }
     machine
-        .put("/drives/disk", config["drives"][0].clone())
-        .assert_done();
-    machine.put("/entropy", json!({})).assert_done();
+}
+
+fn started(vm: Vm) -> Machine {
+    let mut machine = described(vm);
     machine.start();
     machine
 }
@@ -128,19 +139,11 @@ fn a_guest_and_its_devices_go_on_where_they_were() {
     }
 }
 
-/// A started machine, unjailed, whose guest ticks.
-fn ticking(vm: Vm) -> Machine {
-    let config = vm.config().clone();
-    let mut machine = Machine::new(vm.unjailed());
-    machine.describe(&config);
-    machine
-}
-
 /// What cannot be saved is refused by name, leaves nothing behind, and runs on.
 #[test]
 fn what_cannot_be_saved_is_refused() {
     let place = Place::new();
-    let mut machine = ticking(probe("probe.task=tick"));
+    let mut machine = described(probe("probe.task=tick").unjailed());
     let room = json!({ "total_size_mib": 128 });
     machine.put("/hotplug/memory", room).assert_done();
     machine.start();
@@ -167,8 +170,7 @@ fn what_cannot_be_saved_is_refused() {
 fn what_is_no_snapshot_is_refused() {
     let (place, other) = (Place::new(), Place::new());
     for place in [&place, &other] {
-        let mut machine = ticking(probe("probe.task=tick"));
-        machine.start();
+        let mut machine = started(probe("probe.task=tick").unjailed());
         machine.vm.wait_for_line("probe: tick 1").unwrap();
         Place::pause(&mut machine);
         place.create(&mut machine);
@@ -232,12 +234,7 @@ fn what_is_no_snapshot_is_refused() {
 fn drivers_that_wait_go_on_waiting() {
     let place = Place::new();
     let task = "probe.task=vsock probe.port=52";
-    let vm = probe(task).vsock().unjailed();
-    let config = vm.config().clone();
-    let mut first = Machine::new(vm);
-    first.describe(&config);
-    first.put("/vsock", config["vsock"].clone()).assert_done();
-    first.start();
+    let mut first = started(probe(task).vsock().unjailed());
     first.vm.wait_for_line("probe: listening on 52").unwrap();
     Place::pause(&mut first);
     place.create(&mut first);

@@ -27,6 +27,19 @@ fn jail() -> Jail {
     ])
 }
 
+/// Has a prisoner ask all of it, and looks at the answers.
+#[track_caller]
+fn ask(jail: Jail, cases: &[(String, &str)]) {
+    let mut words = vec!["ask"];
+    words.extend(cases.iter().map(|(word, _)| word.as_str()));
+    let mut running = jail.start(&words);
+    running.wait_for_line("stays").unwrap();
+    running.close_stdin();
+    let done = running.wait().unwrap();
+    assert_eq!(done.code, 0, "{done:#?}");
+    assert_answers(cases, &done.stdout);
+}
+
 /// Each attack must have ended as the line that begins like this.
 #[track_caller]
 fn assert_answers(cases: &[(String, &str)], stdout: &str) {
@@ -88,14 +101,7 @@ fn names_lead_nowhere_else() {
         ("connect:v\\0:7".to_owned(), "no: "),
         ("connect::7".to_owned(), "no: "),
     ];
-    let mut words = vec!["ask"];
-    words.extend(cases.iter().map(|(word, _)| word.as_str()));
-    let mut running = jail.start(&words);
-    running.wait_for_line("stays").unwrap();
-    running.close_stdin();
-    let done = running.wait().unwrap();
-    assert_eq!(done.code, 0, "{done:#?}");
-    assert_answers(&cases, &done.stdout);
+    ask(jail, &cases);
 }
 
 /// What lies beneath a directory in which files may be made is the machine's; all else is as it was.
@@ -154,16 +160,9 @@ fn files_are_made_nowhere_else() {
             "no: \"s/5\" cannot be made: 4 files",
         ),
     ];
-    let mut words = vec!["ask"];
-    words.extend(cases.iter().map(|(word, _)| word.as_str()));
     // Kept until it has been looked at.
     let directory = std::mem::replace(&mut jail.directory, tempfile::tempdir().unwrap());
-    let mut running = jail.start(&words);
-    running.wait_for_line("stays").unwrap();
-    running.close_stdin();
-    let done = running.wait().unwrap();
-    assert_eq!(done.code, 0, "{done:#?}");
-    assert_answers(&cases, &done.stdout);
+    ask(jail, &cases);
     let names = |name: &str| {
         let all = std::fs::read_dir(directory.path().join(name)).unwrap();
         all.map(|entry| entry.unwrap().file_name().into_string().unwrap())

@@ -81,16 +81,23 @@ impl Vm {
     ///
     /// # Errors
     /// When a descriptor cannot be duplicated, or KVM does not say which MSRs there are.
-    pub fn state_reader(&self, vcpus: &[(&Vcpu, CpuId)], pit: bool) -> Result<StateReader, Error> {
+    pub fn state_reader<'a>(
+        &self,
+        vcpus: impl IntoIterator<Item = (&'a Vcpu, CpuId)>,
+        pit: bool,
+    ) -> Result<StateReader, Error> {
         let msrs = self.kvm.get_msr_index_list();
         let msrs = msrs.map_err(failed("list the MSRs"))?;
-        let handle = |(vcpu, cpuid): &(&Vcpu, CpuId)| {
+        let handle = |(vcpu, cpuid)| {
             let fd = self.second_handle(vcpu, "share a vCPU with who saves it")?;
-            Ok((fd, cpuid.clone()))
+            Ok((fd, cpuid))
         };
         Ok(StateReader {
             vm: Arc::clone(&self.fd),
-            vcpus: vcpus.iter().map(handle).collect::<Result<_, Error>>()?,
+            vcpus: vcpus
+                .into_iter()
+                .map(handle)
+                .collect::<Result<_, Error>>()?,
             msrs: msrs.as_slice().to_vec(),
             pit,
         })

@@ -134,23 +134,21 @@ pub(super) struct Working {
     pub(super) hotplug: Option<Hotplug>,
 }
 
-impl Working {
-    /// How the device with this index on the device thread is attached.
-    pub(super) fn find(
-        windows: &[Arc<MmioTransport>],
-        hotplug: Option<&Hotplug>,
-        index: u16,
-    ) -> Option<(usize, Arc<dyn SavedTransport>)> {
-        if let Some(hotplug) = hotplug {
-            let occupied = |slot: &Slot| Some((slot.number, slot.occupant.as_ref()?.clone()));
-            let mut occupants = hotplug.slots.iter().filter_map(occupied);
-            let (place, occupant) = occupants.find(|(_, occupant)| occupant.index == index)?;
-            return Some((place, occupant.transport));
-        }
+/// Where the device with this index on the device thread is attached, and how: in one of the windows, or on the bus if there
+/// is one.
+pub(super) fn find<'a>(
+    windows: &'a [Arc<MmioTransport>],
+    hotplug: Option<&'a Hotplug>,
+    index: u16,
+) -> Option<(usize, &'a dyn SavedTransport)> {
+    let Some(hotplug) = hotplug else {
         let place = usize::from(index);
-        let transport = windows.get(place)?;
-        Some((place, Arc::clone(transport) as Arc<dyn SavedTransport>))
-    }
+        return Some((place, windows.get(place)?.as_ref()));
+    };
+    let occupied = |slot: &'a Slot| Some((slot.number, slot.occupant.as_ref()?));
+    let mut occupants = hotplug.slots.iter().filter_map(occupied);
+    let (place, occupant) = occupants.find(|(_, occupant)| occupant.index == index)?;
+    Some((place, occupant.transport.as_ref()))
 }
 
 type Device = (Arc<PciTransport>, Box<dyn VirtioDevice>);

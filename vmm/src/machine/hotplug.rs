@@ -80,7 +80,6 @@ impl Slot {
 }
 
 /// The device in a slot.
-#[derive(Clone)]
 pub(super) struct Occupant {
     /// What the operator calls it.
     pub(super) name: DeviceName,

@@ -1,6 +1,7 @@
 //! Makes a machine that goes on from a saved one, step by step beside [`build`](super::build): where a new machine is given
 //! what its firmware and its kernel would find, this one is given what was saved.
 
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::sync::Arc;
 
@@ -8,7 +9,7 @@ use kvm_bindings::CpuId;
 use thiserror::Error;
 
 use super::Panel;
-use super::attached::Working;
+use super::attached;
 use super::devices::DeviceName;
 use super::hotplug::Hotplug;
 use super::state::{DeviceState, MachineState, Saved};
@@ -139,10 +140,7 @@ impl Restore {
     }
 
     /// Whether persistent memory is where it was.
-    pub(super) fn check_pmem<'a>(
-        &self,
-        places: impl Iterator<Item = (&'a String, &'a u64)>,
-    ) -> Result<(), Error> {
+    pub(super) fn check_pmem(&self, places: &BTreeMap<String, u64>) -> Result<(), Error> {
         for (id, address) in places {
             if self.machine().pmem.get(id) != Some(address) {
                 return Err(Error::Pmem(id.clone()));
@@ -177,7 +175,7 @@ impl Restore {
         let mut restored = Vec::with_capacity(names.len());
         for (index, name) in (0..).zip(names) {
             let place = self.device(name)?.place;
-            let attached = Working::find(windows, hotplug, index);
+            let attached = attached::find(windows, hotplug, index);
             let attached = attached.filter(|(number, _)| *number == place);
             let (_, transport) =
                 attached.ok_or_else(|| Error::Devices(format!("{name} is elsewhere")))?;
@@ -204,13 +202,4 @@ impl Restore {
         same.then_some(restored)
             .ok_or(Error::Nonsense("registers of PCI devices"))
     }
-}
-
-/// The machine's devices where a saved machine had them, or one behind the other.
-pub(super) fn places(
-    restore: Option<&Restore>,
-    names: &[DeviceName],
-    pci: bool,
-) -> Result<Option<Vec<usize>>, Error> {
-    restore.map(|it| it.places(names, pci)).transpose()
 }

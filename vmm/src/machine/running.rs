@@ -5,8 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::Error;
-use super::attached::Working;
-use super::devices::{DeviceName, Devices};
+use super::devices::Devices;
 use super::hotplug::Hotplug;
 use super::network::Metadata;
 use super::panel::Panel;
@@ -14,7 +13,6 @@ use super::saving::Saver;
 use super::vcpus::{self, Vcpus};
 use crate::kvm::Vm;
 use crate::virtio::transport::mmio::MmioTransport;
-use crate::virtio::transport::state::SavedTransport;
 
 /// A machine with its threads, sealed and paused.
 pub struct RunningMachine {
@@ -37,13 +35,6 @@ pub struct RunningMachine {
     pub(super) saver: Option<Saver>,
     /// The memslots stay valid as long as this does.
     pub(super) vm: Vm,
-}
-
-/// A device, and how the guest reaches it.
-pub(super) struct AttachedDevice {
-    pub(super) name: DeviceName,
-    pub(super) place: usize,
-    pub(super) transport: Arc<dyn SavedTransport>,
 }
 
 impl RunningMachine {
@@ -91,17 +82,6 @@ impl RunningMachine {
     pub fn regenerate(&self) -> Result<(), Error> {
         self.panel.generation.regenerate()?;
         Ok(self.panel.clock.disrupt()?)
-    }
-
-    /// How the device with this index on the device thread is attached.
-    pub(super) fn attached(&self, index: u16) -> Option<AttachedDevice> {
-        let name = self.devices.name(index)?.clone();
-        let (place, transport) = Working::find(&self.windows, self.hotplug.as_ref(), index)?;
-        Some(AttachedDevice {
-            name,
-            place,
-            transport,
-        })
     }
 
     /// How many vCPUs there are now.

@@ -11,9 +11,9 @@ use std::thread::Builder;
 
 use thiserror::Error;
 
-use super::RunningMachine;
 use super::devices::DeviceName;
 use super::state::{DeviceState, MachineState, sections};
+use super::{RunningMachine, attached};
 use crate::config::Config;
 use crate::kvm::{self, StateReader};
 use crate::memory::GuestMemory;
@@ -146,30 +146,33 @@ fn save(reader: &StateReader, memory: &GuestMemory, job: Job) -> Result<Written,
     Ok(written)
 }
 
-impl RunningMachine {
-    /// Saves the machine, whose vCPUs are paused, to `files`. Its config is `config`. The devices rest meanwhile, and go
-    /// on afterwards.
+/// A paused machine, whose devices rest as long as this lives.
+pub struct HeldMachine<'a> {
+    saver: &'a Saver,
+    machine: MachineState,
+    held: Option<Held>,
+}
+
+impl HeldMachine<'_> {
+    /// Saves it to `files`; then its devices go on.
     ///
     /// # Errors
-    /// When something of it cannot be in a snapshot, or the host refuses. The machine is as before.
-    pub fn save(&self, config: &Config, files: Files) -> Result<Written, Error> {
-        let saver = self.saver.as_ref().ok_or(Error::NoSaver)?;
-        let (machine, held) = self.hold(config)?;
-        let written = saver.save(Job { machine, files });
-        drop(held);
+    /// When the host refuses. The machine is as before.
+    pub fn save(self, files: Files) -> Result<Written, Error> {
+        let machine = self.machine;
+        let written = self.saver.save(Job { machine, files });
+        drop(self.held);
         written
     }
+}
 
-    /// Whether the machine can be saved at all, before anything is made for it.
+impl RunningMachine {
+    /// Has the devices of the machine, whose vCPUs are paused, rest, and says what all of it is. Its config is `config`.
     ///
     /// # Errors
-    /// Why not.
-    pub fn can_be_saved(&self, config: &Config) -> Result<(), Error> {
-        self.saver.as_ref().ok_or(Error::NoSaver)?;
-        self.hold(config).map(drop)
-    }
-
-    fn hold(&self, config: &Config) -> Result<(MachineState, Option<Held>), Error> {
+    /// When something of it cannot be in a snapshot. The machine is as before.
+    pub fn hold(&self, config: &Config) -> Result<HeldMachine<'_>, Error> {
+        let saver = self.saver.as_ref().ok_or(Error::NoSaver)?;
         let panel = &self.panel;
         let pci = self.hotplug.as_ref().map(|it| it.registers().save());
         if pci.is_some_and(|pci| pci.is_leaving()) {
@@ -181,17 +184,18 @@ impl RunningMachine {
             .map_err(|()| Error::NoThread("device"))?;
         let mut devices = Vec::with_capacity(saved.len());
         for saved in saved {
-            let Some(attached) = self.attached(saved.index) else {
+            let name = self.devices.name(saved.index).cloned();
+            let attached = attached::find(&self.windows, self.hotplug.as_ref(), saved.index);
+            let (Some(name), Some((place, transport))) = (name, attached) else {
                 continue;
             };
             if let Some(why) = saved.obstacle {
-                let device = attached.name;
-                return Err(Error::Obstacle { device, why });
+                return Err(Error::Obstacle { device: name, why });
             }
             devices.push(DeviceState {
-                name: attached.name,
-                place: attached.place,
-                transport: attached.transport.save(&saved.queues.unwrap_or_default()),
+                name,
+                place,
+                transport: transport.save(&saved.queues.unwrap_or_default()),
                 data: saved.data,
             });
         }
@@ -208,6 +212,10 @@ impl RunningMachine {
             pci,
             devices,
         };
-        Ok((machine, held))
+        Ok(HeldMachine {
+            saver,
+            machine,
+            held,
+        })
     }
 }

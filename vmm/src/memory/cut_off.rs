@@ -37,16 +37,20 @@ impl MappedFile {
 
     /// If it has become shorter, so that accesses to the rest fail: in words.
     pub fn cut_off(&self) -> Option<String> {
-        // Where the file is read from is nobody's concern.
-        let now = self.file.as_ref().seek(SeekFrom::End(0)).ok()?;
-        (now < self.len).then(|| {
-            format!(
-                "the snapshot's memory file was cut off to {now} bytes of {} while the machine had it mapped: \
-                 leave such files alone while machines run from them",
-                self.len
-            )
-        })
+        let now = shorter(&self.file, self.len)?;
+        Some(format!(
+            "the snapshot's memory file was cut off to {now} bytes of {} while the machine had it mapped: \
+             leave such files alone while machines run from them",
+            self.len
+        ))
     }
+}
+
+/// How many bytes a file has that had `len` when it was mapped, if those are fewer. It moves the place where the file is read
+/// from, by a call that every sealed thread which asks has.
+pub fn shorter(mut file: &File, len: u64) -> Option<u64> {
+    let now = file.seek(SeekFrom::End(0)).ok()?;
+    (now < len).then_some(now)
 }
 
 extern "C" fn on_bus_error(_: c_int, _: *mut libc::siginfo_t, _: *mut c_void) {

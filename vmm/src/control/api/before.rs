@@ -11,9 +11,10 @@ use super::{Desk, Fault, Reply};
 use crate::config::{Config, CpuConfig, Serial};
 use crate::control::observe;
 use crate::devices::boot_timer::Moment;
-use crate::machine::{self, RunningMachine};
+use crate::lockdown;
+use crate::machine::{self, Machine, Restore, RunningMachine};
 use crate::metrics::Reporter;
-use crate::resources::{self, Beginning, Resources};
+use crate::resources::{self, Beginning};
 
 impl Desk {
     pub(super) fn before(
@@ -136,9 +137,7 @@ impl Desk {
         if self.options.boot_timer.is_some() {
             self.options.boot_timer = Some(Moment::now());
         }
-        let resources = self.open(&self.config.clone(), Beginning::Boot)?;
-        self.source.lock_down()?;
-        let machine = machine::build(&self.config, resources, self.options, None)?;
+        let machine = self.build::<Fault>(&self.config.clone(), self.options, None)?;
         self.take_over(machine.start())
     }
 
@@ -162,22 +161,31 @@ impl Desk {
         }
     }
 
-    pub(super) fn open(
+    /// Opens what `config` names, and builds its machine: a new one, or one that goes on from a saved one.
+    pub(super) fn build<E>(
         &mut self,
         config: &Config,
-        from: Beginning,
-    ) -> Result<Resources, resources::Error> {
+        options: machine::Options,
+        restore: Option<Restore>,
+    ) -> Result<Machine, E>
+    where
+        E: From<resources::Error> + From<lockdown::Error> + From<machine::Error>,
+    {
+        let from = match restore {
+            Some(_) => Beginning::Snapshot,
+            None => Beginning::Boot,
+        };
         self.source.forget();
         let mut resources = self.source.open(config, from)?;
         resources.metadata = Arc::clone(&self.metadata);
-        Ok(resources)
+        self.source.lock_down()?;
+        Ok(machine::build(config, resources, options, restore)?)
     }
 
     /// The start of a machine whose config was there from the beginning.
     pub(super) fn build_and_start(&mut self) -> Result<RunningMachine, crate::Error> {
-        let resources = self.open(&self.config.clone(), Beginning::Boot)?;
-        self.source.lock_down()?;
-        let running = machine::build(&self.config, resources, self.options, None)?.start()?;
+        let machine = self.build::<crate::Error>(&self.config.clone(), self.options, None)?;
+        let running = machine.start()?;
         self.source.settle();
         Ok(running)
     }

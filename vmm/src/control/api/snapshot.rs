@@ -9,9 +9,9 @@ use serde::Deserialize;
 use super::{Desk, Fault, Reply};
 use crate::config::{Config, HugePages};
 use crate::machine::state::{self, Saved};
-use crate::machine::{self, Files, Restore, RunningMachine};
-use crate::resources::Beginning;
+use crate::machine::{self, Files, HeldMachine, Restore, RunningMachine};
 use crate::snapshot::format;
+use crate::snapshot::memory::Written;
 
 /// What errors call the two files.
 const STATE: &str = "snapshot";
@@ -155,28 +155,15 @@ impl Desk {
         if state == memory {
             return Err(Fault::OneFile);
         }
-        machine.can_be_saved(&self.config)?;
         let start = Instant::now();
-        let files = Files {
-            state: self.source.create_later(STATE, state)?,
-            memory: self
-                .source
-                .create_later(MEMORY, memory)
-                .inspect_err(|_| self.give_up(state))?,
-        };
-        let saved = machine.save(&self.config, files);
-        let written = saved.inspect_err(|_| {
-            self.give_up(state);
-            self.give_up(memory);
+        // First of all: nothing is made for a machine that cannot be saved.
+        let held = machine.hold(&self.config)?;
+        let written = self.write_snapshot(held, state, memory).inspect_err(|_| {
+            for name in [state, memory] {
+                // What was not made, or has its name already, cannot be given up.
+                let _ = self.source.discard(STATE, name);
+            }
         })?;
-        // The memory first: the state says that a snapshot is there.
-        let named = self.source.commit(MEMORY, memory);
-        named.inspect_err(|_| {
-            self.give_up(state);
-            self.give_up(memory);
-        })?;
-        let named = self.source.commit(STATE, state);
-        named.inspect_err(|_| self.give_up(state))?;
         info!(
             "snapshot: {} pages of {} MiB in {:?}",
             written.pages,
@@ -186,10 +173,21 @@ impl Desk {
         Ok(Reply::Done)
     }
 
-    fn give_up(&mut self, name: &str) {
-        if let Err(error) = self.source.discard(STATE, name) {
-            info!("snapshot: {name} stays until this process ends: {error}");
-        }
+    fn write_snapshot(
+        &mut self,
+        held: HeldMachine<'_>,
+        state: &str,
+        memory: &str,
+    ) -> Result<Written, Fault> {
+        let files = Files {
+            state: self.source.create_later(STATE, state)?,
+            memory: self.source.create_later(MEMORY, memory)?,
+        };
+        let written = held.save(files)?;
+        // The memory first: the state says that a snapshot is there.
+        self.source.commit(MEMORY, memory)?;
+        self.source.commit(STATE, state)?;
+        Ok(written)
     }
 
     /// Has a machine go on from a snapshot, before anything else has been said of one.
@@ -216,9 +214,7 @@ impl Desk {
             memory,
             by_wall_clock: load.clock_realtime,
         };
-        let resources = self.open(&config, Beginning::Snapshot)?;
-        self.source.lock_down()?;
-        let machine = machine::build(&config, resources, options, Some(restore))?;
+        let machine = self.build::<Fault>(&config, options, Some(restore))?;
         self.config = config;
         self.options = options;
         self.paused = !load.resume_vm;

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use log::{debug, warn};
 
 use super::Error;
+use crate::memory::cut_off::shorter;
 use crate::virtio::block::lock::{self, Lock};
 
 /// A file that was found fit, and is locked.
@@ -77,15 +78,12 @@ impl PmemFile {
 
     /// If it has become shorter than its mapping, so that a guest's access to the rest fails: in words.
     pub fn truncated(&self) -> Option<String> {
-        // Where the file is read from is nobody's concern.
-        let now = self.file.as_ref().seek(SeekFrom::End(0)).ok()?;
-        (now < self.len).then(|| {
-            format!(
-                "the file of pmem {} was cut to {now} bytes while the guest had {} of it mapped: \
-                 leave such files alone while a machine runs",
-                self.id, self.len
-            )
-        })
+        let now = shorter(&self.file, self.len)?;
+        Some(format!(
+            "the file of pmem {} was cut to {now} bytes while the guest had {} of it mapped: \
+             leave such files alone while a machine runs",
+            self.id, self.len
+        ))
     }
 }
 

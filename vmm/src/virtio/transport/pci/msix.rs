@@ -243,8 +243,6 @@ impl Msix {
             let known = !u64::MAX.checked_shl(vectors).unwrap_or(0);
             state.pending = saved.pending & known;
             state.isr = saved.isr & (ISR_QUEUE | ISR_CONFIG);
-            // Otherwise the next look at configuration space would forget what is pending.
-            state.enabled = saved.pending != 0;
         }
         for (queue, vector) in (0..).zip(saved.queue_vectors.iter().take(MAX_QUEUES)) {
             self.set_vector(Source::Queue(queue), *vector);
@@ -385,6 +383,24 @@ mod tests {
         assert_eq!(u64::from_le_bytes(data), 0xfee0_1000);
         msix.read_table(24, &mut data);
         assert_eq!(u64::from_le_bytes(data), 0x41);
+    }
+
+    #[test]
+    fn what_waits_goes_along_to_another_machine() {
+        let (msix, sent) = ready();
+        msix.control(true, true, true);
+        msix.raise(QUEUE);
+        let (other, other_sent) = ready();
+        other.control(false, false, false);
+        other.restore(&msix.save()).unwrap();
+        other.control(true, true, true);
+        other.flush();
+        assert_eq!((sent.take(), other_sent.take()), (vec![], vec![]));
+        other.control(true, false, true);
+        other.flush();
+        assert_eq!(other_sent.take(), [(0xfee0_1000, 0x41)]);
+        let wide = Msix::new(3, sent);
+        assert!(wide.restore(&msix.save()).is_err());
     }
 
     #[test]
