@@ -80,6 +80,7 @@ const IOCTLS: &[(&str, u64, u64, u64, u64)] = &[
     ("KVM_GET_API_VERSION", NONE, KVM, 0x00, 0),
     ("KVM_GET_CLOCK", READ, KVM, 0x7c, 48),
     ("KVM_GET_DEBUGREGS", READ, KVM, 0xa1, 128),
+    ("KVM_GET_DIRTY_LOG", WRITE, KVM, 0x42, 16),
     ("KVM_GET_FPU", READ, KVM, 0x8c, 416),
     ("KVM_GET_IRQCHIP", READ_WRITE, KVM, 0x62, 520),
     ("KVM_GET_LAPIC", READ, KVM, 0x8e, 1024),

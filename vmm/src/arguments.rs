@@ -39,6 +39,8 @@ Runs one microVM. Its first serial port is standard input and output.
   --snapshot-version  print the version of the snapshots that it writes
   --describe-snapshot FILE
                       print the version of a snapshot's state or memory file, whose it is and what is in it
+  --merge-memory FILE DIFF NEW
+                      make NEW of a snapshot's memory file and one of what has changed since (Diff)
   --version           print the version
   --help              print this
 
@@ -64,6 +66,8 @@ pub enum Arguments {
     SnapshotVersion,
     /// Print what a file of a snapshot is.
     DescribeSnapshot(String),
+    /// Make the last of these files of the memory in the first and the changes in the second.
+    MergeMemory([String; 3]),
     /// Run a machine.
     Run(Box<RunArguments>),
 }
@@ -204,6 +208,10 @@ where
             Arg::Long("snapshot-version") => return Ok(Arguments::SnapshotVersion),
             Arg::Long("describe-snapshot") => {
                 return Ok(Arguments::DescribeSnapshot(parser.value()?.string()?));
+            }
+            Arg::Long("merge-memory") => {
+                let mut path = || Ok::<_, Error>(parser.value()?.string()?);
+                return Ok(Arguments::MergeMemory([path()?, path()?, path()?]));
             }
             Arg::Long("config-file") => {
                 set(&mut config_file, "--config-file", parser.value()?.string()?)?;
@@ -379,6 +387,9 @@ mod tests {
             let described = Arguments::DescribeSnapshot("/s".to_owned());
             assert_eq!(parse(arguments).unwrap(), described);
         }
+        let merged = ["a", "b", "c"].map(str::to_owned);
+        let arguments = ["--merge-memory", "a", "b", "c"];
+        assert_eq!(parse(arguments).unwrap(), Arguments::MergeMemory(merged));
     }
 
     #[test]
@@ -392,6 +403,7 @@ mod tests {
             (&["--http-api-max-payload-size", "0"], "payload-size"),
             (&["--mmds-size-limit", "all"], "--mmds-size-limit"),
             (&["--describe-snapshot"], "--describe-snapshot"),
+            (&["--merge-memory", "a", "b"], "--merge-memory"),
             (&["--no-api", "--config-file", "c", "--id", "../x"], "--id"),
             (&["--id", ""], "--id"),
             (&["--id", &"x".repeat(300)], "300"),

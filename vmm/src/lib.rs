@@ -22,6 +22,7 @@ pub mod machine;
 pub mod memory;
 pub mod metrics;
 pub mod mmds;
+pub mod offline;
 pub mod pci;
 pub mod resources;
 pub mod snapshot;
@@ -49,6 +50,12 @@ pub enum Error {
         /// Why it is not described.
         source: snapshot::describe::Error,
     },
+    /// The memory files of snapshots that were to be merged.
+    #[error("--merge-memory: {0}")]
+    Merge(#[source] snapshot::memory::Error),
+    /// What they became.
+    #[error("--merge-memory: cannot sync {0}: {1}")]
+    Sync(String, #[source] std::io::Error),
     /// The log's section of the config.
     #[error("logger.module: {0}")]
     Logger(#[from] logging::FilterError),

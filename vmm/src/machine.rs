@@ -24,6 +24,7 @@ use crate::lockdown::{self, Role, Stage};
 use crate::memory::{self, GuestMemory, layout};
 use crate::metrics::Source;
 use crate::resources::{DriveBackend, Resources, VsockSockets};
+use crate::snapshot::SnapshotId;
 use crate::vcpu::{Buses, VcpuThread};
 use crate::virtio::rate_limiter::LimiterOptions;
 use crate::virtio::transport::mmio::MmioTransport;
@@ -31,6 +32,7 @@ use crate::virtio::worker::Restored;
 use crate::virtio::{Balloon, DeviceWorker, Entropy, VirtioDevice, Vsock, VsockOptions};
 
 mod attached;
+mod changes;
 mod command_line;
 mod console;
 pub mod devices;
@@ -62,7 +64,7 @@ use panel::panel;
 pub use restoring::Restore;
 pub use running::RunningMachine;
 use saving::Saver;
-pub use saving::{Error as SaveError, Files, HeldMachine};
+pub use saving::{Error as SaveError, Files, HeldMachine, Kind};
 use vcpus::Vcpus;
 
 /// A machine whose guest has not run yet.
@@ -84,6 +86,8 @@ pub struct Machine {
     memory: GuestMemory,
     /// How the devices go on from a saved machine's; none for a new machine.
     restored: Option<Vec<Restored>>,
+    /// The snapshot that it goes on from.
+    base: Option<SnapshotId>,
     #[cfg(feature = "gdb")]
     gdb: Option<gdb::Stub>,
 }
@@ -226,6 +230,7 @@ pub fn build(
         windows,
         hotplug,
     } = devices.into_worker(&names)?;
+    let base = restore.as_ref().map(|restore| restore.saved.id);
     let restored = restore.map(|restore| restore.devices(&names, &windows, hotplug.as_ref()));
     let restored = restored.transpose()?;
     #[cfg(feature = "gdb")]
@@ -252,6 +257,7 @@ pub fn build(
         reader,
         memory,
         restored,
+        base,
         #[cfg(feature = "gdb")]
         gdb,
     })
@@ -434,7 +440,7 @@ impl Machine {
         }
         let saver = self.reader.map(|reader| {
             let seal = seal(Role::Helper, &sealed);
-            let saver = Saver::start(reader, self.memory, seal);
+            let saver = Saver::start(reader, self.memory, self.base, seal);
             saver.map_err(host("start the thread that saves the machine"))
         });
         let saver = saver.transpose()?;

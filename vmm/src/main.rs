@@ -12,7 +12,7 @@ use casemate_vmm::devices::boot_timer::Moment;
 use casemate_vmm::ending::End;
 use casemate_vmm::metrics::{self, Reporter};
 use casemate_vmm::resources::{Beginning, Jail, Served, Source};
-use casemate_vmm::{Error, lockdown, logging, machine, memory, snapshot};
+use casemate_vmm::{Error, lockdown, logging, machine, memory, offline, snapshot};
 use log::{error, info, warn};
 
 fn main() {
@@ -48,22 +48,11 @@ fn start() -> Result<Option<End>, Error> {
             println!("with the API of Firecracker v{}", api::API_VERSION);
         }
         Arguments::SnapshotVersion => println!("{}", snapshot::VERSION),
-        Arguments::DescribeSnapshot(path) => print!("{}", describe(&path)?),
+        Arguments::DescribeSnapshot(path) => print!("{}", offline::describe(&path)?),
+        Arguments::MergeMemory(paths) => offline::merge(paths.each_ref().map(String::as_str))?,
         Arguments::Run(run) => return self::run(&run).map(Some),
     }
     Ok(None)
-}
-
-/// A file of a snapshot in words.
-fn describe(path: &str) -> Result<String, Error> {
-    let failed = |source| Error::Describe {
-        path: path.to_owned(),
-        source,
-    };
-    let file = snapshot::describe::open(path).map_err(failed)?;
-    // Whoever wrote it finds the walls up.
-    lockdown::lock_down()?;
-    snapshot::describe::describe(&file).map_err(failed)
 }
 
 fn run(arguments: &RunArguments) -> Result<End, Error> {

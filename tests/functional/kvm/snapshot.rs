@@ -4,8 +4,8 @@ use std::io::Write as _;
 use std::net::Shutdown;
 use std::path::{Path, PathBuf};
 
-use casemate_tests::{Machine, Vm, exit, pattern_disk};
-use serde_json::json;
+use casemate_tests::{ApiAnswer, Machine, Vm, bin, exit, pattern_disk};
+use serde_json::{Value, json};
 
 use super::probe;
 
@@ -45,16 +45,26 @@ impl Place {
     }
 
     fn create(&self, machine: &mut Machine) {
+        self.create_as(machine, "Full", "state", "memory")
+            .assert_done();
+    }
+
+    fn create_as(&self, machine: &mut Machine, kind: &str, state: &str, memory: &str) -> ApiAnswer {
+        let (state, memory) = (self.path(state), self.path(memory));
         let body =
-            json!({ "snapshot_path": self.path("state"), "mem_file_path": self.path("memory") });
-        machine.put("/snapshot/create", body).assert_done();
+            json!({ "snapshot_type": kind, "snapshot_path": state, "mem_file_path": memory });
+        machine.put("/snapshot/create", body)
     }
 
     /// A machine that goes on from it.
     fn load(&self, vm: Vm, resume: bool) -> Machine {
+        self.load_from(vm, "state", "memory", json!({ "resume_vm": resume }))
+    }
+
+    fn load_from(&self, vm: Vm, state: &str, memory: &str, mut body: Value) -> Machine {
         let mut machine = Machine::new(vm);
-        let memory = json!({ "backend_type": "File", "backend_path": self.path("memory") });
-        let body = json!({ "snapshot_path": self.path("state"), "mem_backend": memory, "resume_vm": resume });
+        body["snapshot_path"] = json!(self.path(state));
+        body["mem_backend"] = json!({ "backend_type": "File", "backend_path": self.path(memory) });
         machine.put("/snapshot/load", body).assert_done();
         machine
     }
@@ -148,12 +158,11 @@ fn what_cannot_be_saved_is_refused() {
     machine.put("/hotplug/memory", room).assert_done();
     machine.start();
     let create = |machine: &mut Machine, kind: &str, memory: &str| {
-        let body = json!({ "snapshot_type": kind, "snapshot_path": place.path("state"), "mem_file_path": place.path(memory) });
-        machine.put("/snapshot/create", body)
+        place.create_as(machine, kind, "state", memory)
     };
     create(&mut machine, "Full", "memory").assert_refused("a machine that is paused");
     Place::pause(&mut machine);
-    create(&mut machine, "Diff", "memory").assert_refused("not supported yet");
+    create(&mut machine, "Diff", "memory").assert_refused("`track_dirty_pages`");
     create(&mut machine, "Full", "state").assert_refused("are one file");
     create(&mut machine, "Full", "memory").assert_refused("Mem device cannot be in a snapshot");
     let left: Vec<_> = std::fs::read_dir(place.0.path()).unwrap().collect();
@@ -163,6 +172,110 @@ fn what_cannot_be_saved_is_refused() {
         .assert_done();
     machine.vm.wait_for_line("probe: tick 5").unwrap();
     machine.kill();
+}
+
+/// What has changed is found whoever changed it: with it, each snapshot's memory becomes the next one's to the byte. One that
+/// fails takes nothing from the next, and a machine that goes on from one is as good as that which was saved.
+#[test]
+fn differences_make_the_next_snapshot() {
+    for (jailed, engine) in [(true, "Sync"), (false, "Async")] {
+        let place = Place::new();
+        let disk = place.path("disk");
+        pattern_disk(&disk, 8).unwrap();
+        let machine = |task: &str| {
+            let vm = drive(probe(task), &disk, engine).entropy();
+            let vm = vm.set("/machine-config/track_dirty_pages", json!(true));
+            if jailed { vm } else { vm.unjailed() }
+        };
+        let mut first = started(place.to_make(machine("probe.task=rounds")));
+        first.vm.wait_for_line("probe: round 3").unwrap();
+        Place::pause(&mut first);
+        // The first one has nothing that it could be against.
+        let made = place.create_as(&mut first, "Diff", "state-1", "memory-1");
+        made.assert_done();
+        differ_by(&place, &mut first, (1, 2), jailed);
+        first.kill();
+
+        merge(&place, "memory-1", "diff-2", "merged-2").unwrap();
+        let granted = ["state-2", "merged-2"]
+            .iter()
+            .fold(machine(""), |vm, name| {
+                let path = place.path(name).display().to_string();
+                vm.jailer_arg("--grant-ro").jailer_arg(&path)
+            });
+        let body = json!({ "resume_vm": true, "track_dirty_pages": true });
+        let mut second = place.load_from(place.to_make(granted), "state-2", "merged-2", body);
+        second.vm.wait_for_line("probe: round").unwrap();
+        differ_by(&place, &mut second, (2, 3), jailed);
+        assert!(!second.vm.said().contains("FAIL"), "{}", second.vm.said());
+        second.kill();
+        let error = merge(&place, "memory-1", "diff-3", "merged-4").unwrap_err();
+        assert!(error.contains("against that of snapshot"), "{error}");
+        let error = merge(&place, "diff-2", "diff-3", "merged-4").unwrap_err();
+        assert!(error.contains("only what has changed"), "{error}");
+        assert!(!place.path("merged-4").exists());
+    }
+}
+
+/// Lets a machine run and be saved in both ways, as `diff-NEXT` and as `memory-NEXT`, after an attempt that fails, and finds
+/// that both are one.
+fn differ_by(place: &Place, machine: &mut Machine, (last, next): (u8, u8), jailed: bool) {
+    let go = |machine: &mut Machine, state: &str| {
+        machine
+            .patch("/vm", json!({ "state": state }))
+            .assert_done();
+    };
+    for attempt in 0..2 {
+        go(machine, "Resumed");
+        let line = format!("probe: round {}", rounds(machine) + 2);
+        machine.vm.wait_for_line(&line).unwrap();
+        go(machine, "Paused");
+        if attempt == 0 && !jailed {
+            limit_files(machine, "4096:");
+            let failed = place.create_as(machine, "Diff", "state-failed", "failed");
+            failed.assert_refused("allow it");
+            limit_files(machine, "unlimited:");
+        }
+    }
+    let (state, diff) = (format!("state-{next}"), format!("diff-{next}"));
+    let made = place.create_as(machine, "Diff", &state, &diff);
+    made.assert_done();
+    let memory = format!("memory-{next}");
+    let made = place.create_as(machine, "Full", "state-other", &memory);
+    made.assert_done();
+    let last = match last {
+        1 => "memory-1".to_owned(),
+        _ => format!("merged-{last}"),
+    };
+    let merged = format!("merged-{next}");
+    merge(place, &last, &diff, &merged).unwrap();
+    let [merged, whole, diff] =
+        [merged, memory, diff].map(|name| std::fs::read(place.path(&name)).unwrap());
+    // All but the trailer, which has another id.
+    let end = whole.len() - 4096;
+    assert_eq!(merged.len(), whole.len());
+    assert!(merged[..end] == whole[..end], "the memories are different");
+    assert!(diff[..end] != whole[..end], "all was written again");
+}
+
+/// The largest file that a machine of our own user may write.
+fn limit_files(machine: &Machine, soft: &str) {
+    let pid = machine.vm.pid().to_string();
+    let mut prlimit = std::process::Command::new("prlimit");
+    let prlimit = prlimit.args(["--pid", &pid, &format!("--fsize={soft}")]);
+    assert!(prlimit.status().unwrap().success());
+}
+
+/// What the VMM's program says of a merge.
+fn merge(place: &Place, base: &str, diff: &str, new: &str) -> Result<(), String> {
+    let mut program = std::process::Command::new(bin("casemate-vmm"));
+    program.arg("--merge-memory");
+    let done = program.args([base, diff, new].map(|name| place.path(name)));
+    let done = done.output().unwrap();
+    match done.status.success() {
+        true => Ok(()),
+        false => Err(String::from_utf8_lossy(&done.stderr).into_owned()),
+    }
 }
 
 /// Files that are no snapshot, or not of one snapshot, are refused, and another one can be loaded afterwards.

@@ -14,8 +14,10 @@ use kvm_bindings::{
 };
 use kvm_ioctls::{VcpuFd, VmFd};
 use serde::{Deserialize, Serialize};
+use vm_memory::{GuestMemoryBackend as _, GuestMemoryRegion as _};
 
 use super::{Error, Vcpu, Vm, cpuid, failed, msr};
+use crate::memory::GuestMemory;
 
 /// KVM's models of interrupt controllers.
 const CHIPS: [u32; 3] = [
@@ -148,6 +150,27 @@ impl StateReader {
                 .get_clock()
                 .map_err(failed("read the guest's clock"))?,
         })
+    }
+
+    /// The pages of each region of the machine's `memory` that the guest has written since the last call
+    /// (KVM_GET_DIRTY_LOG), if it is tracked: one bit each, the first page is bit 0 of the first word. What this process
+    /// wrote is in the region's [`DirtyPages`](crate::memory::DirtyPages).
+    ///
+    /// # Errors
+    /// When the memory is not tracked, or the kernel refuses.
+    pub fn dirty_log(&self, memory: &GuestMemory) -> Result<Vec<Vec<u64>>, Error> {
+        // [`Vm::set_memory`] numbers them so.
+        (0..)
+            .zip(memory.iter())
+            .map(|(slot, region)| {
+                let size = usize::try_from(region.len());
+                let size = size.map_err(|_| Error::TooManyEntries("dirty page"))?;
+                let log = self.vm.get_dirty_log(slot, size);
+                log.map_err(failed(
+                    "read which pages were written (`track_dirty_pages`)",
+                ))
+            })
+            .collect()
     }
 
     /// The vCPUs in their order. None of them runs meanwhile.

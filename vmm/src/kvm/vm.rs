@@ -231,27 +231,6 @@ impl Vm {
         files.map(|file| (file.address, file.mapping.size()))
     }
 
-    /// The pages of each region that the guest has written since the last call (KVM_GET_DIRTY_LOG), if
-    /// its memory is tracked: one bit each, the first page is bit 0 of the first word. What this
-    /// process wrote is in the region's [`DirtyPages`](crate::memory::DirtyPages).
-    ///
-    /// # Errors
-    /// When the memory is not tracked, or the kernel refuses.
-    pub fn dirty_log(&self) -> Result<Vec<Vec<u64>>, Error> {
-        let regions = self.memory.iter().flat_map(|memory| memory.iter());
-        (0..)
-            .zip(regions)
-            .map(|(slot, region)| {
-                let size = usize::try_from(region.len());
-                let size = size.map_err(|_| Error::TooManyEntries("dirty page"))?;
-                let log = self.fd.get_dirty_log(slot, size);
-                log.map_err(failed(
-                    "read which pages were written (`track_dirty_pages`)",
-                ))
-            })
-            .collect()
-    }
-
     /// Creates the local APICs' and the I/O APIC's model, and an i8254 with `pit`.
     ///
     /// # Errors

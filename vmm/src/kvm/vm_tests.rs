@@ -67,6 +67,8 @@ fn what_the_guest_writes_is_in_kvms_log_and_what_we_write_in_ours() {
         kaslr: KaslrOutcome::NotWithPvh,
     })
     .unwrap();
+    let reader = vm.state_reader([], false).unwrap();
+    let log = || reader.dirty_log(&memory).unwrap();
     let region = memory.iter().next().unwrap();
     assert_eq!(pages(&[dirty::of(region).take()]), [CODE >> 12]);
     let mut run = || loop {
@@ -77,17 +79,18 @@ fn what_the_guest_writes_is_in_kvms_log_and_what_we_write_in_ours() {
         }
     };
     run();
-    assert!(pages(&vm.dirty_log().unwrap()).contains(&(TARGET >> 12)));
-    assert!(pages(&vm.dirty_log().unwrap()).is_empty(), "taken");
+    assert!(pages(&log()).contains(&(TARGET >> 12)));
+    assert!(pages(&log()).is_empty(), "taken");
     run();
-    assert_eq!(pages(&vm.dirty_log().unwrap()), [TARGET >> 12], "again");
+    assert_eq!(pages(&log()), [TARGET >> 12], "again");
     assert!(pages(&[dirty::of(region).take()]).is_empty(), "not by us");
 }
 
 #[test]
 fn a_memory_that_is_not_tracked_has_no_log() {
-    let (vm, _vcpu, _memory) = machine(false);
-    let error = vm.dirty_log().unwrap_err().to_string();
+    let (vm, _vcpu, memory) = machine(false);
+    let reader = vm.state_reader([], false).unwrap();
+    let error = reader.dirty_log(&memory).unwrap_err().to_string();
     assert!(error.contains("track_dirty_pages"), "{error}");
 }
 

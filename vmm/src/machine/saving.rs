@@ -11,6 +11,7 @@ use std::thread::Builder;
 
 use thiserror::Error;
 
+use super::changes::Changes;
 use super::devices::DeviceName;
 use super::state::{DeviceState, MachineState, sections};
 use super::{RunningMachine, attached};
@@ -78,58 +79,110 @@ pub struct Files {
     pub memory: File,
 }
 
+/// How much of the memory a snapshot has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// All of it.
+    Full,
+    /// What has changed since the last snapshot, made or loaded; all of it if there was none.
+    Differences,
+}
+
+/// What the thread is asked for.
+enum Order {
+    Save(Box<Job>),
+    /// What was saved last has its names.
+    Named,
+}
+
 struct Job {
     machine: MachineState,
     files: Files,
+    kind: Kind,
 }
 
 /// The way to the thread that saves.
 pub struct Saver {
-    jobs: Sender<Job>,
+    orders: Sender<Order>,
     results: Receiver<Result<Written, Error>>,
 }
 
 impl Saver {
-    /// Starts the thread, which calls `seal` first of all, and does nothing if that fails.
+    /// Starts the thread, which calls `seal` first of all, and does nothing if that fails. The machine goes on from snapshot
+    /// `base`, if from any.
     ///
     /// # Errors
     /// When the kernel gives no thread.
     pub(super) fn start(
         reader: StateReader,
         memory: GuestMemory,
+        base: Option<SnapshotId>,
         seal: impl FnOnce() -> Result<(), ()> + Send + 'static,
     ) -> io::Result<Self> {
-        let (jobs, to_do) = channel::<Job>();
+        let (orders, to_do) = channel();
         let (done, results) = channel();
         let run = move || {
             if seal().is_err() {
                 return;
             }
-            for job in to_do {
-                if done.send(save(&reader, &memory, job)).is_err() {
+            let mut changes = Changes::since(base);
+            for order in to_do {
+                let job = match order {
+                    Order::Save(job) => *job,
+                    Order::Named => {
+                        changes.named();
+                        continue;
+                    }
+                };
+                if done
+                    .send(save(&reader, &memory, &mut changes, job))
+                    .is_err()
+                {
                     return;
                 }
             }
         };
         Builder::new().name("snapshot".to_owned()).spawn(run)?;
-        Ok(Self { jobs, results })
+        Ok(Self { orders, results })
     }
 
     fn save(&self, job: Job) -> Result<Written, Error> {
         let gone = || Error::NoThread("snapshot");
-        self.jobs.send(job).map_err(|_| gone())?;
+        let order = Order::Save(Box::new(job));
+        self.orders.send(order).map_err(|_| gone())?;
         self.results.recv().map_err(|_| gone())?
+    }
+
+    fn named(&self) {
+        // Of a thread that has ended the next snapshot hears.
+        let _ = self.orders.send(Order::Named);
     }
 }
 
 /// The memory first: a state file says that all of the snapshot is there.
-fn save(reader: &StateReader, memory: &GuestMemory, job: Job) -> Result<Written, Error> {
-    let Job { mut machine, files } = job;
+fn save(
+    reader: &StateReader,
+    memory: &GuestMemory,
+    changes: &mut Changes,
+    job: Job,
+) -> Result<Written, Error> {
+    let Job {
+        mut machine,
+        files,
+        kind,
+    } = job;
     machine.memory = writer::regions(memory);
     let sections = sections(&machine, &reader.vcpus()?, &reader.vm()?)?;
     let id = SnapshotId::random().map_err(Error::Random)?;
     let state = format::encode(id, &sections)?;
-    let written = writer::write(memory, Untouched::Mapped, &files.memory, id)?;
+    changes.take(reader, memory)?;
+    let written = match (kind, changes.base()) {
+        (Kind::Differences, Some(base)) => {
+            let (untouched, pages) = (Untouched::Mapped, changes.pages());
+            writer::write_diff(memory, untouched, &files.memory, id, base, pages)?
+        }
+        _ => writer::write(memory, Untouched::Mapped, &files.memory, id)?,
+    };
     let failed = |action, file| {
         move |source| Error::Write {
             action,
@@ -143,6 +196,7 @@ fn save(reader: &StateReader, memory: &GuestMemory, job: Job) -> Result<Written,
     put.map_err(failed("write", "state file"))?;
     let synced = files.state.sync_all();
     synced.map_err(failed("sync", "state file"))?;
+    changes.written(id);
     Ok(written)
 }
 
@@ -154,19 +208,30 @@ pub struct HeldMachine<'a> {
 }
 
 impl HeldMachine<'_> {
-    /// Saves it to `files`; then its devices go on.
+    /// Saves it to `files`; then its devices go on. Say [`RunningMachine::snapshot_named`] once those have their names.
     ///
     /// # Errors
     /// When the host refuses. The machine is as before.
-    pub fn save(self, files: Files) -> Result<Written, Error> {
+    pub fn save(self, files: Files, kind: Kind) -> Result<Written, Error> {
         let machine = self.machine;
-        let written = self.saver.save(Job { machine, files });
+        let written = self.saver.save(Job {
+            machine,
+            files,
+            kind,
+        });
         drop(self.held);
         written
     }
 }
 
 impl RunningMachine {
+    /// The files that were written last have their names: differences are against that snapshot from now on.
+    pub fn snapshot_named(&self) {
+        if let Some(saver) = &self.saver {
+            saver.named();
+        }
+    }
+
     /// Has the devices of the machine, whose vCPUs are paused, rest, and says what all of it is. Its config is `config`.
     ///
     /// # Errors

@@ -1,5 +1,5 @@
 //! Which pages of guest memory this process has written itself. KVM keeps the same of what the guest
-//! writes ([`crate::kvm::Vm::dirty_log`]); what has changed is in one of the two.
+//! writes ([`crate::kvm::StateReader::dirty_log`]); what has changed is in one of the two.
 //!
 //! While nothing is tracked, a write costs one look at an `Option` more.
 

@@ -339,7 +339,7 @@ pub fn read_region(
 }
 
 /// Calls `each` with the number in the file and the bytes of every page that is not zero.
-fn pages(
+pub(super) fn pages(
     file: &File,
     offset: u64,
     length: u64,

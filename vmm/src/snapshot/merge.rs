@@ -1,25 +1,20 @@
-//! Puts differences into the memory file that they are against.
+//! Puts a snapshot's memory file and what has changed since together.
 
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt as _;
 
-use nix::errno::Errno;
-use nix::fcntl::{FallocateFlags, fallocate};
-
 use super::SnapshotId;
-use super::memory::{Error, PAGE, ZEROES, bitmap, page_checksum, trailer, verify};
-use super::trailer::{SIZE, Trailer};
+use super::memory::{Error, PAGE, bitmap, page_checksum, pages, trailer, verify};
+use super::trailer::Trailer;
+use super::writer::set_length;
 
-/// Makes `base`, a file of all of the memory, that of the snapshot whose differences are in `diff`, and says which
-/// snapshot that is.
-///
-/// A merge that ends half way leaves a file that nobody takes for a whole one, and that nothing makes whole
-/// again: work on a copy, or be sure of the host.
+/// Makes `new` the memory file of the snapshot whose differences are in `diff`, from `base`, all of the memory that they are
+/// against, and says which snapshot that is. What was in `new` is gone.
 ///
 /// # Errors
-/// When the files do not belong together or are damaged, with nothing done; or when the host refuses.
-pub fn merge(base: &File, diff: &File) -> Result<SnapshotId, Error> {
+/// When the files do not belong together or are damaged, or when the host refuses. `new` is no memory file then.
+pub fn merge(base: &File, diff: &File, new: &File) -> Result<SnapshotId, Error> {
     let changes = verify(diff)?;
     let against = changes.base.ok_or(Error::NoDifferences(changes.id))?;
     let mut whole = trailer(base)?;
@@ -40,16 +35,46 @@ pub fn merge(base: &File, diff: &File) -> Result<SnapshotId, Error> {
     }
     let dirty = bitmap(diff, &changes)?;
     let end = whole.ram();
-    // First of all, and on the disk first: from here on it is neither the one nor the other.
-    write(base, end, &[0; SIZE])?;
-    base.sync_data().map_err(failed(end))?;
-    for number in numbers(&changes, &dirty) {
-        copy(number, base, diff, &mut whole)?;
-    }
+    set_length(new, 0)?;
+    set_length(new, whole.file_size())?;
+    let mut changed = Changed::new(&changes, &dirty);
+    pages(base, 0, end, |number, page| {
+        if !changed.has(number) {
+            return write(new, number, page);
+        }
+        // So a page of the base that is not what was written still shows in the sum.
+        whole.pages = whole.pages.saturating_sub(1);
+        whole.contents = whole.contents.wrapping_sub(page_checksum(number, page));
+        Ok(())
+    })?;
+    let mut changed = Changed::new(&changes, &dirty);
+    pages(diff, 0, end, |number, page| {
+        if !changed.has(number) {
+            return Ok(());
+        }
+        whole.pages = whole.pages.saturating_add(1);
+        whole.contents = whole.contents.wrapping_add(page_checksum(number, page));
+        write(new, number, page)
+    })?;
     whole.id = changes.id;
     whole.version = changes.version;
-    write(base, end, &whole.encode())?;
+    write(new, end / PAGE, &whole.encode())?;
     Ok(whole.id)
+}
+
+/// Numbers in the file of the pages whose bit is set, to be asked for in ascending order.
+struct Changed<I: Iterator<Item = u64>>(std::iter::Peekable<I>);
+
+impl<'a> Changed<Box<dyn Iterator<Item = u64> + 'a>> {
+    fn new(trailer: &'a Trailer, dirty: &'a [Vec<u64>]) -> Self {
+        let numbers: Box<dyn Iterator<Item = u64>> = Box::new(numbers(trailer, dirty));
+        Self(numbers.peekable())
+    }
+
+    fn has(&mut self, number: u64) -> bool {
+        while self.0.next_if(|next| *next < number).is_some() {}
+        self.0.next_if_eq(&number).is_some()
+    }
 }
 
 /// Numbers in the file of the pages whose bit is set.
@@ -71,46 +96,10 @@ fn numbers(trailer: &Trailer, dirty: &[Vec<u64>]) -> impl Iterator<Item = u64> {
     })
 }
 
-/// Takes a page over, and keeps the sums right.
-fn copy(number: u64, base: &File, diff: &File, whole: &mut Trailer) -> Result<(), Error> {
+fn write(file: &File, number: u64, bytes: &[u8]) -> Result<(), Error> {
     let offset = number.saturating_mul(PAGE);
-    let (mut old, mut new) = ([0; SIZE], [0; SIZE]);
-    for (file, page) in [(base, &mut old), (diff, &mut new)] {
-        file.read_exact_at(page, offset)
-            .map_err(|source| Error::Read { offset, source })?;
-    }
-    if old != ZEROES {
-        whole.pages = whole.pages.saturating_sub(1);
-        whole.contents = whole.contents.wrapping_sub(page_checksum(number, &old));
-    }
-    if new != ZEROES {
-        whole.pages = whole.pages.saturating_add(1);
-        whole.contents = whole.contents.wrapping_add(page_checksum(number, &new));
-        return write(base, offset, &new);
-    }
-    if old != ZEROES {
-        return erase(base, offset);
-    }
-    Ok(())
-}
-
-/// Makes a page a hole; where the file system has none, zeroes.
-fn erase(file: &File, offset: u64) -> Result<(), Error> {
-    let hole = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
-    let at = i64::try_from(offset).map_err(|_| failed(offset)(Errno::EFBIG.into()))?;
-    match fallocate(file, hole, at, SIZE as i64) {
-        Ok(()) => Ok(()),
-        Err(Errno::EOPNOTSUPP) => write(file, offset, &ZEROES),
-        Err(error) => Err(failed(offset)(error.into())),
-    }
-}
-
-fn write(file: &File, offset: u64, bytes: &[u8]) -> Result<(), Error> {
-    file.write_all_at(bytes, offset).map_err(failed(offset))
-}
-
-fn failed(offset: u64) -> impl Fn(io::Error) -> Error {
-    move |source| Error::Write { offset, source }
+    let failed = |source: io::Error| Error::Write { offset, source };
+    file.write_all_at(bytes, offset).map_err(failed)
 }
 
 #[cfg(test)]
@@ -163,6 +152,12 @@ mod tests {
         file
     }
 
+    fn merged(base: &File, diff: &File) -> Result<(File, SnapshotId), Error> {
+        let new = tempfile::tempfile().unwrap();
+        new.write_all_at(&[9; 9000], 0).unwrap(); // gone
+        merge(base, diff, &new).map(|id| (new, id))
+    }
+
     /// Whether both files say the same of themselves, and it is true.
     fn same(one: &File, other: &File) -> bool {
         verify(one).unwrap() == verify(other).unwrap()
@@ -189,15 +184,18 @@ mod tests {
         poke(&memory, 130, 0);
         poke(&memory, 198, 1);
         let second = changes(&memory, IDS[2], IDS[1]);
-        assert_eq!(merge(&base, &first).unwrap(), IDS[1]);
-        assert_eq!(merge(&base, &second).unwrap(), IDS[2]);
-        assert!(same(&base, &whole(&memory, IDS[2])));
-        check(&base, IDS[2], &REGIONS).unwrap();
-        assert!(base.metadata().unwrap().blocks() <= blocks);
+        let (later, id) = merged(&base, &first).unwrap();
+        assert_eq!(id, IDS[1]);
+        let (latest, id) = merged(&later, &second).unwrap();
+        assert_eq!(id, IDS[2]);
+        assert!(same(&latest, &whole(&memory, IDS[2])));
+        check(&latest, IDS[2], &REGIONS).unwrap();
+        check(&base, IDS[0], &REGIONS).unwrap();
+        assert!(latest.metadata().unwrap().blocks() <= blocks);
     }
 
     #[test]
-    fn files_that_do_not_belong_together_stay_as_they_are() {
+    fn files_that_do_not_belong_together_are_refused() {
         let memory = machine();
         poke(&memory, 3, 7);
         let base = whole(&memory, IDS[0]);
@@ -212,15 +210,15 @@ mod tests {
             (&base, "holds all of the memory"),
             (&smaller, "0x2000 bytes at 0x0"),
         ] {
-            let error = merge(&base, diff).unwrap_err().to_string();
+            let error = merged(&base, diff).unwrap_err().to_string();
             assert!(error.contains(expected), "{error}");
         }
-        let error = merge(&diff, &smaller).unwrap_err();
+        let error = merged(&diff, &smaller).unwrap_err();
         assert!(matches!(error, Error::Differences(_)), "{error}");
         // A page of the differences that is not what was written.
         let diff = changes(&memory, IDS[1], IDS[0]);
         diff.write_all_at(&[1], 9 * PAGE).unwrap();
-        assert!(matches!(merge(&base, &diff), Err(Error::Contents(_))));
+        assert!(matches!(merged(&base, &diff), Err(Error::Contents(_))));
         assert_eq!(verify(&base).unwrap(), before);
     }
 
@@ -228,17 +226,20 @@ mod tests {
     fn half_a_merge_is_nothing() {
         let memory = machine();
         let base = whole(&memory, IDS[0]);
-        poke(&memory, 5, 1);
         let diff = changes(&memory, IDS[1], IDS[0]);
-        // May be read, and is written to.
-        let path = format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&base));
-        let read_only = File::open(path).unwrap();
-        assert!(matches!(merge(&read_only, &diff), Err(Error::Write { .. })));
-        check(&base, IDS[0], &REGIONS).unwrap();
-        // As if it had ended with the first page.
-        write(&base, verify(&base).unwrap().ram(), &[0; SIZE]).unwrap();
-        assert!(matches!(trailer(&base), Err(Error::NoTrailer)));
-        assert!(merge(&base, &diff).is_err());
+        let full = File::options().write(true).open("/dev/full").unwrap();
+        assert!(merge(&base, &diff, &full).is_err());
+        // Of a base that is damaged too, it shows.
+        poke(&memory, 5, 1);
+        let base = whole(&memory, IDS[0]);
+        memory
+            .iter()
+            .for_each(|region| drop(dirty::of(region).take()));
+        poke(&memory, 5, 2);
+        let diff = changes(&memory, IDS[1], IDS[0]);
+        base.write_all_at(&[7], 5 * PAGE).unwrap();
+        let (new, _) = merged(&base, &diff).unwrap();
+        assert!(matches!(verify(&new), Err(Error::Contents(_))));
     }
 
     proptest! {
@@ -253,8 +254,8 @@ mod tests {
             before.iter().for_each(|(page, byte)| poke(&memory, *page, *byte));
             let base = whole(&memory, IDS[0]);
             after.iter().for_each(|(page, byte)| poke(&memory, *page, *byte));
-            merge(&base, &changes(&memory, IDS[1], IDS[0])).unwrap();
-            prop_assert!(same(&base, &whole(&memory, IDS[1])));
+            let (new, _) = merged(&base, &changes(&memory, IDS[1], IDS[0])).unwrap();
+            prop_assert!(same(&new, &whole(&memory, IDS[1])));
         }
     }
 }

@@ -114,7 +114,8 @@ fn write_pages(
     })
 }
 
-fn set_length(file: &File, length: u64) -> Result<(), Error> {
+/// Cuts a file off, or adds zeroes to it.
+pub(super) fn set_length(file: &File, length: u64) -> Result<(), Error> {
     file.set_len(length)
         .map_err(|source| Error::SetLength { length, source })
 }

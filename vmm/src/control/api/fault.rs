@@ -79,6 +79,12 @@ pub enum Fault {
     /// Only of a machine that is paused.
     #[error("a snapshot is of a machine that is paused: PATCH /vm with `state` Paused first")]
     NotPausedYet,
+    /// Nobody knows what has changed.
+    #[error(
+        "which pages change is not tracked in this machine: have it do so by `track_dirty_pages`, of `/machine-config` \
+             or of `/snapshot/load`, or make a snapshot of all (Full)"
+    )]
+    NotTracked,
     /// Two files with one name.
     #[error("`snapshot_path` and `mem_file_path` are one file: name two")]
     OneFile,

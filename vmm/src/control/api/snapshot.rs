@@ -9,7 +9,7 @@ use serde::Deserialize;
 use super::{Desk, Fault, Reply};
 use crate::config::{Config, HugePages};
 use crate::machine::state::{self, Saved};
-use crate::machine::{self, Files, HeldMachine, Restore, RunningMachine};
+use crate::machine::{self, Files, HeldMachine, Kind, Restore, RunningMachine};
 use crate::snapshot::format;
 use crate::snapshot::memory::Written;
 
@@ -148,8 +148,12 @@ impl Desk {
         if !self.paused {
             return Err(Fault::NotPausedYet);
         }
-        if create.snapshot_type == SnapshotType::Diff {
-            return Err(Fault::NotYet("making snapshots of what has changed (Diff)"));
+        let kind = match create.snapshot_type {
+            SnapshotType::Full => Kind::Full,
+            SnapshotType::Diff => Kind::Differences,
+        };
+        if kind == Kind::Differences && !self.config.machine_config.track_dirty_pages {
+            return Err(Fault::NotTracked);
         }
         let (state, memory) = (&create.snapshot_path, &create.mem_file_path);
         if state == memory {
@@ -158,12 +162,15 @@ impl Desk {
         let start = Instant::now();
         // First of all: nothing is made for a machine that cannot be saved.
         let held = machine.hold(&self.config)?;
-        let written = self.write_snapshot(held, state, memory).inspect_err(|_| {
-            for name in [state, memory] {
-                // What was not made, or has its name already, cannot be given up.
-                let _ = self.source.discard(STATE, name);
-            }
-        })?;
+        let written = self
+            .write_snapshot(held, kind, state, memory)
+            .inspect_err(|_| {
+                for name in [state, memory] {
+                    // What was not made, or has its name already, cannot be given up.
+                    let _ = self.source.discard(STATE, name);
+                }
+            })?;
+        machine.snapshot_named();
         info!(
             "snapshot: {} pages of {} MiB in {:?}",
             written.pages,
@@ -176,6 +183,7 @@ impl Desk {
     fn write_snapshot(
         &mut self,
         held: HeldMachine<'_>,
+        kind: Kind,
         state: &str,
         memory: &str,
     ) -> Result<Written, Fault> {
@@ -183,7 +191,7 @@ impl Desk {
             state: self.source.create_later(STATE, state)?,
             memory: self.source.create_later(MEMORY, memory)?,
         };
-        let written = held.save(files)?;
+        let written = held.save(files, kind)?;
         // The memory first: the state says that a snapshot is there.
         self.source.commit(MEMORY, memory)?;
         self.source.commit(STATE, state)?;
