@@ -34,6 +34,10 @@ const ARGUMENTS: &[(&str, &[&str])] = &[
         "mmap",
         &["addr*", "length*", "prot*", "flags*", "fd", "offset*"],
     ),
+    (
+        "move_pages",
+        &["pid", "count*", "pages*", "nodes*", "status*", "flags"],
+    ),
     ("mprotect", &["addr*", "length*", "prot*"]),
     ("newfstatat", &["dirfd", "pathname*", "statbuf*", "flags"]),
     ("pidfd_send_signal", &["pidfd", "sig"]),

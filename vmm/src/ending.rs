@@ -22,6 +22,11 @@ pub enum End {
 }
 
 impl End {
+    /// Whether the guest wanted it so.
+    pub fn is_by_guest(&self) -> bool {
+        matches!(self, Self::PoweredOff | Self::Reset)
+    }
+
     /// The exit code of the VMM.
     pub fn exit_code(&self) -> u8 {
         match self {

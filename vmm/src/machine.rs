@@ -25,6 +25,7 @@ use crate::memory::{self, GuestMemory, layout};
 use crate::metrics::Source;
 use crate::resources::{DriveBackend, Resources, VsockSockets};
 use crate::snapshot::SnapshotId;
+use crate::snapshot::working_set::Run;
 use crate::vcpu::{Buses, VcpuThread};
 use crate::virtio::rate_limiter::LimiterOptions;
 use crate::virtio::transport::mmio::MmioTransport;
@@ -50,6 +51,7 @@ mod running;
 mod saving;
 pub mod state;
 pub mod vcpus;
+mod warming;
 
 use attached::{Attached, OnMmio, OnPci, Working};
 use command_line::command_line;
@@ -88,6 +90,8 @@ pub struct Machine {
     restored: Option<Vec<Restored>>,
     /// The snapshot that it goes on from.
     base: Option<SnapshotId>,
+    /// Pages that it will use first.
+    working_set: Option<Vec<Run>>,
     #[cfg(feature = "gdb")]
     gdb: Option<gdb::Stub>,
 }
@@ -111,7 +115,7 @@ pub fn build(
     config: &Config,
     resources: Resources,
     options: Options,
-    restore: Option<Restore>,
+    mut restore: Option<Restore>,
 ) -> Result<Machine, Error> {
     let Resources {
         kvm,
@@ -231,6 +235,7 @@ pub fn build(
         hotplug,
     } = devices.into_worker(&names)?;
     let base = restore.as_ref().map(|restore| restore.saved.id);
+    let working_set = restore.as_mut().and_then(|it| it.working_set.take());
     let restored = restore.map(|restore| restore.devices(&names, &windows, hotplug.as_ref()));
     let restored = restored.transpose()?;
     #[cfg(feature = "gdb")]
@@ -258,6 +263,7 @@ pub fn build(
         memory,
         restored,
         base,
+        working_set,
         #[cfg(feature = "gdb")]
         gdb,
     })
@@ -463,6 +469,7 @@ impl Machine {
             pmem_places: self.pmem_places,
             windows: self.windows,
             saver,
+            working_set: self.working_set,
             vm: self.vm,
         };
         if is_restored {

@@ -258,6 +258,89 @@ fn differ_by(place: &Place, machine: &mut Machine, (last, next): (u8, u8), jaile
     assert!(diff[..end] != whole[..end], "all was written again");
 }
 
+/// Page faults of the machine's vCPU so far.
+fn faults(machine: &Machine) -> u64 {
+    let vmm = machine.vm.vmm_pid().unwrap();
+    let threads = std::fs::read_dir(format!("/proc/{vmm}/task")).unwrap();
+    let stat = threads
+        .map(|thread| std::fs::read_to_string(thread.unwrap().path().join("stat")).unwrap())
+        .find(|stat| stat.contains("(vcpu"));
+    let stat = stat.unwrap();
+    // Behind the name: state, ppid, pgrp, session, tty, tpgid, flags, minflt (proc_pid_stat(5)).
+    let (_, fields) = stat.rsplit_once(") ").unwrap();
+    fields.split(' ').nth(7).unwrap().parse().unwrap()
+}
+
+/// The first machine that goes on from a snapshot records which pages it uses; the next one finds them there.
+#[test]
+fn the_second_machine_finds_the_pages_that_the_first_one_used() {
+    for jailed in [true, false] {
+        let place = Place::new();
+        let machine = |task: &str| {
+            let vm = probe(task).vmm_arg("--level").vmm_arg("info");
+            if jailed { vm } else { vm.unjailed() }
+        };
+        let mut first = started(place.to_make(machine("probe.task=touch")));
+        first.vm.wait_for_line("probe: touched 0").unwrap();
+        Place::pause(&mut first);
+        place.create(&mut first);
+        first.kill();
+        let set = place.path("memory.working-set");
+        let mut counts = Vec::new();
+        for round in 0..3 {
+            let vm = place.to_make(place.to_read(machine("")));
+            let vm = match (jailed, round) {
+                (false, _) | (_, 0) => vm,
+                _ => {
+                    let path = set.display().to_string();
+                    vm.jailer_arg("--grant-ro").jailer_arg(&path)
+                }
+            };
+            let recorded = set.exists();
+            assert_eq!(recorded, round > 0);
+            let late = json!({ "working_set": { "record_after_ms": 3_600_000 } });
+            let mut body = if round == 2 {
+                json!({ "working_set": { "enabled": false } })
+            } else {
+                late
+            };
+            body["resume_vm"] = json!(true);
+            let mut machine = place.load_from(vm, "state", "memory", body);
+            if round == 1 {
+                let there = "working set: all of it is there";
+                machine.vm.wait_for_error_line(there).unwrap();
+            }
+            let before = faults(&machine);
+            machine
+                .vm
+                .write(
+                    b"
+",
+                )
+                .unwrap();
+            machine.vm.wait_for_line("probe: touched 1").unwrap();
+            counts.push(faults(&machine) - before);
+            // It is recorded at the latest when the guest stops.
+            Place::pause(&mut machine);
+            assert!(set.exists());
+            machine.kill();
+        }
+        let [first, second, without] = counts[..] else {
+            unreachable!()
+        };
+        assert!(first > 1200 && without > 1200, "{counts:?}");
+        assert!(second * 10 <= first, "{counts:?}");
+        // One that is damaged, or of another snapshot, is no reason not to go on.
+        std::fs::write(&set, b"CASEMATE").unwrap();
+        let vm = place.to_make(place.to_read(machine("")));
+        let path = set.display().to_string();
+        let vm = vm.jailer_arg("--grant-ro").jailer_arg(&path);
+        let machine = place.load(vm, true);
+        machine.vm.wait_for_error_line("is not used").unwrap();
+        machine.kill();
+    }
+}
+
 /// The largest file that a machine of our own user may write.
 fn limit_files(machine: &Machine, soft: &str) {
     let pid = machine.vm.pid().to_string();

@@ -264,7 +264,11 @@ impl Control {
             self.metrics.tick(Instant::now());
             // A guest that ended by itself has the last word.
             if let Some(end) = panel.ends.announced() {
-                return Ok(panel.explain(end));
+                let end = panel.explain(end);
+                if let (Some(api), true) = (&mut api, end.is_by_guest()) {
+                    api.at_end(machine);
+                }
+                return Ok(end);
             }
             if self.deadline.is_some_and(|at| at <= Instant::now()) {
                 return Ok(End::ByHost);

@@ -20,6 +20,7 @@ use crate::kvm::{self, Vcpu, Vm};
 use crate::memory::cut_off::MappedFile;
 use crate::memory::{self, GuestMemory};
 use crate::snapshot::memory as memory_file;
+use crate::snapshot::working_set::Run;
 use crate::virtio::transport::mmio::MmioTransport;
 use crate::virtio::transport::state::RestoreError;
 use crate::virtio::worker::Restored;
@@ -30,6 +31,8 @@ pub struct Restore {
     pub saved: Saved,
     /// The memory.
     pub memory: Arc<File>,
+    /// Pages of it that the guest will use first, where that is known.
+    pub working_set: Option<Vec<Run>>,
     /// Whether the guest's clock goes on as if it had run meanwhile.
     pub by_wall_clock: bool,
 }

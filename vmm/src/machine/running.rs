@@ -12,6 +12,7 @@ use super::panel::Panel;
 use super::saving::Saver;
 use super::vcpus::{self, Vcpus};
 use crate::kvm::Vm;
+use crate::snapshot::working_set::Run;
 use crate::virtio::transport::mmio::MmioTransport;
 
 /// A machine with its threads, sealed and paused.
@@ -33,6 +34,8 @@ pub struct RunningMachine {
     pub(super) windows: Vec<Arc<MmioTransport>>,
     /// What saves it, if it can be saved.
     pub(super) saver: Option<Saver>,
+    /// Pages to bring once the guest runs.
+    pub(super) working_set: Option<Vec<Run>>,
     /// The memslots stay valid as long as this does.
     pub(super) vm: Vm,
 }
@@ -41,6 +44,10 @@ impl RunningMachine {
     /// Lets the guest run.
     pub fn resume(&mut self) {
         self.vcpus.resume();
+        // Not before: the guest's first instruction waits for none of it.
+        if let (Some(saver), Some(runs)) = (&self.saver, self.working_set.take()) {
+            saver.warm(runs);
+        }
     }
 
     /// Stops the guest: each vCPU at its next instruction, without waiting for that.

@@ -6,19 +6,22 @@
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt as _;
-use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::mpsc::{Receiver, Sender, TryRecvError, channel};
 use std::thread::Builder;
 
+use log::info;
 use thiserror::Error;
 
 use super::changes::Changes;
 use super::devices::DeviceName;
 use super::state::{DeviceState, MachineState, sections};
+use super::warming::{self, Warming};
 use super::{RunningMachine, attached};
 use crate::config::Config;
 use crate::kvm::{self, StateReader};
 use crate::memory::GuestMemory;
 use crate::memory::touched::Untouched;
+use crate::snapshot::working_set::Run;
 use crate::snapshot::writer::{self, Written};
 use crate::snapshot::{SnapshotId, format, memory};
 use crate::virtio::worker::Held;
@@ -65,6 +68,9 @@ pub enum Error {
         /// What the host said.
         source: io::Error,
     },
+    /// The working set.
+    #[error(transparent)]
+    WorkingSet(#[from] warming::Error),
     /// No random bytes.
     #[error("cannot draw an id (getrandom): {0}")]
     Random(#[source] io::Error),
@@ -93,6 +99,10 @@ enum Order {
     Save(Box<Job>),
     /// What was saved last has its names.
     Named,
+    /// Bring these pages.
+    Warm(Vec<Run>),
+    /// Write down which pages were used.
+    Record(File),
 }
 
 struct Job {
@@ -105,6 +115,8 @@ struct Job {
 pub struct Saver {
     orders: Sender<Order>,
     results: Receiver<Result<Written, Error>>,
+    /// Whether the memory comes page by page from a snapshot's file.
+    is_mapped: bool,
 }
 
 impl Saver {
@@ -121,83 +133,139 @@ impl Saver {
     ) -> io::Result<Self> {
         let (orders, to_do) = channel();
         let (done, results) = channel();
+        let is_mapped = warming::is_mapped(&memory);
+        let keeper = Keeper {
+            reader,
+            memory,
+            changes: Changes::since(base),
+            loaded: base,
+        };
         let run = move || {
-            if seal().is_err() {
-                return;
-            }
-            let mut changes = Changes::since(base);
-            for order in to_do {
-                let job = match order {
-                    Order::Save(job) => *job,
-                    Order::Named => {
-                        changes.named();
-                        continue;
-                    }
-                };
-                if done
-                    .send(save(&reader, &memory, &mut changes, job))
-                    .is_err()
-                {
-                    return;
-                }
+            if seal().is_ok() {
+                keeper.run(&to_do, &done);
             }
         };
         Builder::new().name("snapshot".to_owned()).spawn(run)?;
-        Ok(Self { orders, results })
+        Ok(Self {
+            orders,
+            results,
+            is_mapped,
+        })
     }
 
     fn save(&self, job: Job) -> Result<Written, Error> {
+        self.ask(Order::Save(Box::new(job)))
+    }
+
+    fn ask(&self, order: Order) -> Result<Written, Error> {
         let gone = || Error::NoThread("snapshot");
-        let order = Order::Save(Box::new(job));
         self.orders.send(order).map_err(|_| gone())?;
         self.results.recv().map_err(|_| gone())?
     }
 
-    fn named(&self) {
+    fn tell(&self, order: Order) {
         // Of a thread that has ended the next snapshot hears.
-        let _ = self.orders.send(Order::Named);
+        let _ = self.orders.send(order);
+    }
+
+    /// Brings the pages of `runs`, while the guest runs.
+    pub(super) fn warm(&self, runs: Vec<Run>) {
+        self.tell(Order::Warm(runs));
     }
 }
 
-/// The memory first: a state file says that all of the snapshot is there.
-fn save(
-    reader: &StateReader,
-    memory: &GuestMemory,
-    changes: &mut Changes,
-    job: Job,
-) -> Result<Written, Error> {
-    let Job {
-        mut machine,
-        files,
-        kind,
-    } = job;
-    machine.memory = writer::regions(memory);
-    let sections = sections(&machine, &reader.vcpus()?, &reader.vm()?)?;
-    let id = SnapshotId::random().map_err(Error::Random)?;
-    let state = format::encode(id, &sections)?;
-    changes.take(reader, memory)?;
-    let written = match (kind, changes.base()) {
-        (Kind::Differences, Some(base)) => {
-            let (untouched, pages) = (Untouched::Mapped, changes.pages());
-            writer::write_diff(memory, untouched, &files.memory, id, base, pages)?
+/// What the thread has.
+struct Keeper {
+    reader: StateReader,
+    memory: GuestMemory,
+    changes: Changes,
+    /// The snapshot that the machine goes on from.
+    loaded: Option<SnapshotId>,
+}
+
+impl Keeper {
+    fn run(mut self, orders: &Receiver<Order>, results: &Sender<Result<Written, Error>>) {
+        let mut warming: Option<Warming> = None;
+        loop {
+            let order = match &mut warming {
+                None => orders.recv().ok(),
+                // Between two steps whoever asks for something gets it.
+                Some(pages) => match orders.try_recv() {
+                    Err(TryRecvError::Empty) => {
+                        if !pages.step() {
+                            warming = None;
+                            info!("working set: all of it is there");
+                        }
+                        continue;
+                    }
+                    order => order.ok(),
+                },
+            };
+            let result = match order {
+                None => return,
+                Some(Order::Named) => {
+                    self.changes.named();
+                    continue;
+                }
+                Some(Order::Warm(runs)) => {
+                    warming = Some(Warming::new(&self.memory, runs));
+                    continue;
+                }
+                Some(Order::Save(job)) => self.save(*job),
+                Some(Order::Record(file)) => self.record(&file),
+            };
+            if results.send(result).is_err() {
+                return;
+            }
         }
-        _ => writer::write(memory, Untouched::Mapped, &files.memory, id)?,
-    };
-    let failed = |action, file| {
-        move |source| Error::Write {
-            action,
-            file,
-            source,
-        }
-    };
-    let synced = files.memory.sync_all();
-    synced.map_err(failed("sync", "memory file"))?;
-    let put = files.state.write_all_at(&state, 0);
-    put.map_err(failed("write", "state file"))?;
-    let synced = files.state.sync_all();
-    synced.map_err(failed("sync", "state file"))?;
-    changes.written(id);
-    Ok(written)
+    }
+
+    fn record(&self, file: &File) -> Result<Written, Error> {
+        let id = self.loaded.ok_or(warming::Error::NotMapped)?;
+        Ok(warming::record(&self.memory, id, file)?)
+    }
+
+    /// The memory first: a state file says that all of the snapshot is there.
+    fn save(&mut self, job: Job) -> Result<Written, Error> {
+        let Self {
+            reader,
+            memory,
+            changes,
+            ..
+        } = self;
+        let Job {
+            mut machine,
+            files,
+            kind,
+        } = job;
+        machine.memory = writer::regions(memory);
+        let sections = sections(&machine, &reader.vcpus()?, &reader.vm()?)?;
+        let id = SnapshotId::random().map_err(Error::Random)?;
+        let state = format::encode(id, &sections)?;
+        changes.take(reader, memory)?;
+        let written = match (kind, changes.base()) {
+            (Kind::Differences, Some(base)) => {
+                let (untouched, pages) = (Untouched::Mapped, changes.pages());
+                writer::write_diff(memory, untouched, &files.memory, id, base, pages)?
+            }
+            _ => writer::write(memory, Untouched::Mapped, &files.memory, id)?,
+        };
+        let failed = |action, file| {
+            move |source| Error::Write {
+                action,
+                file,
+                source,
+            }
+        };
+        let synced = files.memory.sync_all();
+        synced.map_err(failed("sync", "memory file"))?;
+        let put = files.state.write_all_at(&state, 0);
+        put.map_err(failed("write", "state file"))?;
+        let synced = files.state.sync_all();
+        synced.map_err(failed("sync", "state file"))?;
+        changes.written(id);
+        Ok(written)
+    }
 }
 
 /// A paused machine, whose devices rest as long as this lives.
@@ -228,8 +296,22 @@ impl RunningMachine {
     /// The files that were written last have their names: differences are against that snapshot from now on.
     pub fn snapshot_named(&self) {
         if let Some(saver) = &self.saver {
-            saver.named();
+            saver.tell(Order::Named);
         }
+    }
+
+    /// Whether [`RunningMachine::record_working_set`] can be.
+    pub fn has_working_set(&self) -> bool {
+        self.saver.as_ref().is_some_and(|saver| saver.is_mapped)
+    }
+
+    /// Writes to `file`, which is new and empty, which pages of its snapshot's memory the machine has used so far.
+    ///
+    /// # Errors
+    /// When the machine does not go on from a memory file, or the host refuses.
+    pub fn record_working_set(&self, file: File) -> Result<Written, Error> {
+        let saver = self.saver.as_ref().ok_or(Error::NoSaver)?;
+        saver.ask(Order::Record(file))
     }
 
     /// Has the devices of the machine, whose vCPUs are paused, rest, and says what all of it is. Its config is `config`.

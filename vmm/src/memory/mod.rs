@@ -13,6 +13,7 @@ pub mod numa;
 pub mod release;
 mod shared;
 pub mod touched;
+pub mod used;
 
 use std::fs::File;
 use std::sync::Arc;

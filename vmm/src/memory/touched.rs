@@ -12,9 +12,9 @@
 //!
 //! Memory that comes from a userfaultfd handler looks untouched until it has come: see [`Untouched`].
 //!
-//! Where all pages have to be read, [`populate`] lets that be a fifth of the work.
+//! Where all pages have to be read, [`populate`](super::used::populate) lets that be a fifth of the work.
 //!
-//! Unsafe code lives here because mincore(2) and madvise(2) are given raw addresses. It is sound because
+//! Unsafe code lives here because mincore(2) is given raw addresses. It is sound because
 //! those are of a range in one mapping, because the kernel writes to our vector alone, and because no page's
 //! contents change by being there.
 #![allow(unsafe_code)]
@@ -102,8 +102,8 @@ fn resident(
     Ok(true)
 }
 
-/// Where `count` pages of `region` from number `first` on are in this process, and their length in bytes.
-fn host_range(
+/// Where `count` pages, one at least, of `region` from number `first` on are in this process, and their length in bytes.
+pub(super) fn host_range(
     region: &GuestRegionMmap<DirtyPages>,
     first: u64,
     count: u64,
@@ -119,15 +119,6 @@ fn host_range(
     let address = address.map_err(io::Error::other)?;
     let len = usize::try_from(len).map_err(|_| invalid())?;
     Ok((address.cast(), len))
-}
-
-/// Brings pages that are about to be read: at once, instead of by a fault for each (madvise(2),
-/// MADV_POPULATE_READ; Linux 5.14). Where that fails, reading them says why.
-pub fn populate(region: &GuestRegionMmap<DirtyPages>, first: u64, count: u64) {
-    if let Ok((address, len)) = host_range(region, first, count) {
-        // SAFETY: the range is of one mapping, as long as `region` is borrowed; the advice changes no contents.
-        unsafe { libc::madvise(address, len, libc::MADV_POPULATE_READ) };
-    }
 }
 
 /// Whether the host has, or is just losing, swap.
@@ -253,20 +244,6 @@ mod tests {
         let mut pages = [9; 8];
         assert!(resident(region, 0, &mut pages, || Ok(false)).unwrap());
         assert_eq!(pages, [0; 8]);
-    }
-
-    #[test]
-    fn pages_that_are_brought_are_there() {
-        let memory = allocate_with(SIZE, options(false)).unwrap();
-        let region = memory.iter().next().unwrap();
-        populate(region, 4, 3);
-        populate(region, 1023, 2); // not all of them the region's: none
-        let mut pages = [0; 1024];
-        resident(region, 0, &mut pages, || Ok(false)).unwrap();
-        let there = pages.iter().map(|page| usize::from(*page)).sum::<usize>();
-        // All, or one huge page of zeroes, or none on a kernel that knows no such advice.
-        assert!(pages[4..7] == [1; 3] || there == 0, "{there}");
-        assert_eq!(pages[1023], 0);
     }
 
     #[test]

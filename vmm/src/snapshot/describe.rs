@@ -6,7 +6,7 @@ use std::os::unix::fs::OpenOptionsExt as _;
 
 use thiserror::Error;
 
-use super::format::{self, read_all};
+use super::format::{self, Role, read_as};
 use super::memory::{self, PAGE, trailer};
 
 /// Why a file is not described.
@@ -41,7 +41,7 @@ pub fn open(path: &str) -> Result<File, Error> {
 /// # Errors
 /// When the file is no whole one of a snapshot.
 pub fn describe(file: &File) -> Result<String, Error> {
-    let (version, id, sections) = match read_all(file) {
+    let (version, id, sections) = match read_as(Role::State, file) {
         Ok(state) => state,
         // A memory file begins with the guest's memory.
         Err(error @ format::Error::NoSnapshot) => return describe_memory(file, error),

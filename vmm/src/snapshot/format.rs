@@ -81,6 +81,8 @@ pub(super) enum Role {
     State = 1,
     /// The memory.
     Memory = 2,
+    /// The working set, made of sections as the state is.
+    WorkingSet = 3,
 }
 
 /// A part of a machine's state.
@@ -205,6 +207,15 @@ pub(super) fn checksum(bytes: &[u8]) -> u64 {
 /// # Errors
 /// When they are not, or are more than [`MAX_STATE`].
 pub fn encode(id: SnapshotId, sections: &[Section]) -> Result<Vec<u8>, Error> {
+    encode_as(Role::State, id, sections)
+}
+
+/// The same for another file made of sections.
+pub(super) fn encode_as(
+    role: Role,
+    id: SnapshotId,
+    sections: &[Section],
+) -> Result<Vec<u8>, Error> {
     check_order(sections.iter().map(|section| (section.kind, section.index)))?;
     let payloads: u128 = sections.iter().map(|each| each.payload.len() as u128).sum();
     let fixed = table_end(sections.len() as u64).saturating_add(CHECKSUM as u64);
@@ -216,7 +227,7 @@ pub fn encode(id: SnapshotId, sections: &[Section]) -> Result<Vec<u8>, Error> {
     let count = u32::try_from(sections.len()).map_err(|_| Error::TooLarge(length))?;
     // At most MAX_STATE.
     let mut bytes = Vec::with_capacity(length as usize);
-    bytes.extend_from_slice(&preamble(Role::State));
+    bytes.extend_from_slice(&preamble(role));
     bytes.extend_from_slice(&count.to_le_bytes());
     bytes.extend_from_slice(&id.to_bytes());
     bytes.extend_from_slice(&length.to_le_bytes());
@@ -241,14 +252,14 @@ pub fn encode(id: SnapshotId, sections: &[Section]) -> Result<Vec<u8>, Error> {
 /// # Errors
 /// See [`Error`].
 pub fn decode(bytes: &[u8]) -> Result<(SnapshotId, Vec<Section>), Error> {
-    let (_, id, sections) = decode_all(bytes)?;
+    let (_, id, sections) = decode_as(Role::State, bytes)?;
     Ok((id, sections))
 }
 
-/// What a state file says, its version first.
-pub(super) fn decode_all(bytes: &[u8]) -> Result<(Version, SnapshotId, Vec<Section>), Error> {
+/// What a file made of sections says, its version first.
+fn decode_as(role: Role, bytes: &[u8]) -> Result<(Version, SnapshotId, Vec<Section>), Error> {
     let has = bytes.len() as u64;
-    let version = identify(bytes, Role::State)?;
+    let version = identify(bytes, role)?;
     let header = Header::read(bytes).ok_or(Error::CutOff {
         has,
         needs: (HEADER + CHECKSUM) as u64,
@@ -315,12 +326,15 @@ fn read_sections(table: &[u8], payloads: &[u8]) -> Result<Vec<Section>, Error> {
 /// # Errors
 /// See [`Error`].
 pub fn read(file: &File) -> Result<(SnapshotId, Vec<Section>), Error> {
-    let (_, id, sections) = read_all(file)?;
+    let (_, id, sections) = read_as(Role::State, file)?;
     Ok((id, sections))
 }
 
-/// Reads a state file, its version first.
-pub(super) fn read_all(file: &File) -> Result<(Version, SnapshotId, Vec<Section>), Error> {
+/// Reads a file made of sections, its version first.
+pub(super) fn read_as(
+    role: Role,
+    file: &File,
+) -> Result<(Version, SnapshotId, Vec<Section>), Error> {
     let metadata = file.metadata().map_err(Error::Read)?;
     if !metadata.is_file() {
         return Err(Error::NotAFile);
@@ -328,11 +342,11 @@ pub(super) fn read_all(file: &File) -> Result<(Version, SnapshotId, Vec<Section>
     let has = metadata.len();
     // First what it is: a memory file is longer than a state may be, and that is not what is wrong with it.
     let beginning = read_exactly(file, has.min(HEADER as u64))?;
-    identify(&beginning, Role::State)?;
+    identify(&beginning, role)?;
     if has > MAX_STATE {
         return Err(Error::TooLarge(has));
     }
-    decode_all(&read_exactly(file, has)?)
+    decode_as(role, &read_exactly(file, has)?)
 }
 
 /// The first `count` bytes, which the file had a moment ago.

@@ -20,11 +20,14 @@ use std::sync::Arc;
 
 use thiserror::Error;
 use twox_hash::XxHash64;
-use vm_memory::{Bytes as _, GuestAddress, GuestMemoryBackend as _, GuestMemoryError};
+use vm_memory::{
+    Bytes as _, GuestAddress, GuestMemoryBackend as _, GuestMemoryError, GuestMemoryRegion as _,
+};
 
 use super::trailer::{MAX_REGIONS, Region, SIZE as TRAILER};
 use super::{SnapshotId, format};
 use crate::memory::touched::next_data;
+use crate::memory::used::map_zeroes;
 use crate::memory::{GuestMemory, HugePages, Options, allocate_regions, dirty, map_file};
 
 pub use super::merge::merge;
@@ -33,6 +36,12 @@ pub use super::writer::{Written, regions, write, write_diff};
 
 /// Most bytes that are copied at once.
 pub(super) const CHUNK: usize = 256 << 10;
+/// Smallest hole in the file that is mapped as such; each is a mapping more.
+const MIN_HOLE: u64 = 1 << 20;
+/// Most of them.
+const MAX_HOLES: usize = 512;
+/// Most pieces of the file that are looked at for them.
+const MAX_LOOKS: usize = 8192;
 /// A page of zeroes, to compare others with.
 pub(super) static ZEROES: [u8; PAGE as usize] = [0; PAGE as usize];
 
@@ -172,6 +181,12 @@ pub enum Error {
         /// What the host said.
         source: io::Error,
     },
+    /// Nothing to take its holes' place.
+    #[error("cannot map zeroes where the memory file has holes: {source}")]
+    Zeroes {
+        /// What the host said.
+        source: io::Error,
+    },
     /// No memory to put it in.
     #[error(transparent)]
     Memory(#[from] crate::memory::Error),
@@ -292,13 +307,42 @@ pub fn map(file: &Arc<File>, regions: &[Region], options: Options) -> Result<Gue
         return Err(Error::Length { has, needs });
     }
     if options.huge_pages == HugePages::None && !options.shared {
-        return Ok(map_file(file, regions, options)?);
+        let memory = map_file(file, regions, options)?;
+        map_holes(file, &memory)?;
+        return Ok(memory);
     }
     let memory = allocate_regions(regions, options)?;
     for &(start, _) in regions {
         read_region(file, regions, start, &memory)?;
     }
     Ok(memory)
+}
+
+/// Has large holes of the file be zeroes of nobody's: touched, they would be pages of the host's page cache, and then
+/// copies of those.
+fn map_holes(file: &File, memory: &GuestMemory) -> Result<(), Error> {
+    let mut offset = 0_u64;
+    let (mut looks, mut holes) = (0..MAX_LOOKS, 0..MAX_HOLES);
+    for region in memory.iter() {
+        let end = offset.saturating_add(region.len());
+        let mut at = offset;
+        while at < end && looks.next().is_some() {
+            let failed = |source| Error::Read { offset: at, source };
+            let (data, behind) = next_data(file, at, end)
+                .map_err(failed)?
+                .unwrap_or((end, end));
+            // Whole pages: a file system may know of smaller pieces.
+            let (from, to) = (at.next_multiple_of(PAGE), data / PAGE * PAGE);
+            let length = to.saturating_sub(from);
+            if length >= MIN_HOLE && holes.next().is_some() {
+                let mapped = map_zeroes(region, from.saturating_sub(offset), length);
+                mapped.map_err(|source| Error::Zeroes { source })?;
+            }
+            at = behind;
+        }
+        offset = end;
+    }
+    Ok(())
 }
 
 /// Reads what is not zero of the region at `start` into memory of zeroes at the same place. `regions` are those of

@@ -14,6 +14,7 @@ mod id;
 pub mod memory;
 mod merge;
 mod trailer;
+pub mod working_set;
 pub mod writer;
 
 pub use format::{Section, VERSION, Version};

@@ -16,7 +16,8 @@ use vm_memory::{
 use super::memory::{CHUNK, Error, PAGE, ZEROES, check_regions, page_checksum};
 use super::trailer::{Region, Trailer, total, words};
 use super::{SnapshotId, format};
-use crate::memory::touched::{Untouched, may_hold_data, populate};
+use crate::memory::touched::{Untouched, may_hold_data};
+use crate::memory::used::{Access, populate};
 use crate::memory::{DirtyPages, GuestMemory};
 
 /// Pages that are looked at at once: 64 MiB, with a byte each.
@@ -222,7 +223,8 @@ impl<'a> Pages<'a> {
                 let count = run.len() as u64;
                 if run.first().is_some_and(|mark| *mark != 0) {
                     if absent && count >= MANY {
-                        populate(region, first, count);
+                        // Where that fails, reading them says why.
+                        let _ = populate(region, first, count, Access::Read);
                     }
                     self.add(region, first, count)?;
                 }

@@ -15,6 +15,7 @@ mod pmem;
 mod rng;
 mod rounds;
 mod serial;
+mod touch;
 mod vsock;
 
 use crate::cmdline::Cmdline;
@@ -39,6 +40,7 @@ pub fn run(name: &str, cmdline: &Cmdline) -> Result<(), Failure> {
             Ok(())
         }
         "serial" => serial::run(),
+        "touch" => touch::run(),
         "balloon" => balloon::run(cmdline),
         "fs" => fs::run(cmdline),
         "blk" => blk::run(cmdline),

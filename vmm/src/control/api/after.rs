@@ -41,6 +41,7 @@ impl Desk {
                 let start = Instant::now();
                 machine.resume();
                 self.paused = false;
+                self.guest_runs();
                 counting::state_changed(&metrics.api, false, start);
             }
             Action::PatchDrive(update) => self.patch_drive(machine, update)?,
@@ -101,6 +102,7 @@ impl Desk {
             return Err(Fault::NotPaused(vcpu));
         }
         self.paused = true;
+        self.record_working_set(machine, true);
         Ok(())
     }
 

@@ -17,6 +17,7 @@ mod plug;
 pub mod routes;
 mod server;
 mod snapshot;
+mod working_set;
 
 use std::os::unix::net::UnixListener;
 use std::sync::Arc;
@@ -31,6 +32,7 @@ use self::connection::Request;
 pub use self::fault::Fault;
 use self::http::Response;
 use self::server::Server;
+use self::working_set::Recording;
 use crate::config::Config;
 use crate::machine::{self, RunningMachine};
 use crate::metrics::Reporter;
@@ -75,6 +77,8 @@ struct Desk {
     metadata: Arc<Store>,
     /// Whether the guest is stopped, after the start.
     paused: bool,
+    /// The working set that is still to be recorded.
+    recording: Option<Recording>,
     /// The machine that the last request has started.
     started: Option<RunningMachine>,
     /// Why that could not be done, and nothing can be any more.
@@ -121,6 +125,7 @@ impl Api {
                 options: options.machine,
                 metadata: options.metadata,
                 paused: false,
+                recording: None,
                 started: None,
                 failed: None,
             },
@@ -138,7 +143,10 @@ impl Api {
         if self.more {
             return Some(Instant::now());
         }
-        self.server.deadline()
+        [self.server.deadline(), self.desk.recording_due()]
+            .into_iter()
+            .flatten()
+            .min()
     }
 
     /// Starts the machine of the config that was given at the start.
@@ -175,6 +183,11 @@ impl Api {
         !self.desk.paused
     }
 
+    /// The guest has ended by itself.
+    pub(super) fn at_end(&mut self, machine: &RunningMachine) {
+        self.desk.record_working_set(machine, true);
+    }
+
     /// Does what clients have asked for of the running machine.
     pub(super) fn turn(
         &mut self,
@@ -183,6 +196,7 @@ impl Api {
         epoll: &Epoll,
     ) {
         let desk = &mut self.desk;
+        desk.record_working_set(machine, false);
         self.server.expire(epoll);
         self.more = self.server.serve(epoll, |request| {
             desk.answer(Some(machine), metrics, &request)

@@ -6,6 +6,7 @@ use std::time::Instant;
 use log::info;
 use serde::Deserialize;
 
+use super::working_set::WorkingSet;
 use super::{Desk, Fault, Reply};
 use crate::config::{Config, HugePages};
 use crate::machine::state::{self, Saved};
@@ -53,6 +54,8 @@ pub struct LoadSnapshot {
     #[serde(default)]
     clock_realtime: bool,
     huge_pages: Option<RestoredPages>,
+    #[serde(default)]
+    working_set: WorkingSet,
 }
 
 #[derive(Debug, Deserialize)]
@@ -203,14 +206,15 @@ impl Desk {
         if !self.config.is_untouched() {
             return Err(Fault::Configured);
         }
-        let memory = load.memory()?;
+        let memory_path = load.memory()?;
         let file = self.source.open_file(STATE, &load.snapshot_path)?;
         let (id, sections) = format::read(&file).map_err(state::Error::from)?;
         let mut saved: Saved = state::parse(id, &sections)?;
         let mut config = saved.machine.config.clone();
         load.change(&mut config)?;
         saved.machine.config = config.clone();
-        let memory = Arc::new(self.source.open_file(MEMORY, memory)?);
+        let memory = Arc::new(self.source.open_file(MEMORY, memory_path)?);
+        let working_set = self.working_set(&load.working_set, memory_path, &saved);
         let options = machine::Options {
             enable_pci: saved.machine.enable_pci,
             // Nobody boots.
@@ -220,12 +224,16 @@ impl Desk {
         let restore = Restore {
             saved,
             memory,
+            working_set,
             by_wall_clock: load.clock_realtime,
         };
         let machine = self.build::<Fault>(&config, options, Some(restore))?;
         self.config = config;
         self.options = options;
         self.paused = !load.resume_vm;
+        if load.resume_vm {
+            self.guest_runs();
+        }
         self.take_over(machine.start())
     }
 }
