@@ -8,6 +8,7 @@
 //! | 10 | VMM | the guest asked for a reset |
 //! | 11 | VMM | the guest crashed (triple fault, KVM shutdown or internal error) |
 //! | 12 | VMM | the host ended it (SIGTERM, SIGINT) |
+//! | 13 | VMM | the machine has moved to another VMM, and runs there |
 //! | 125 | jailer | a step of building the jail failed; the message names it |
 //! | 159 | VMM, broker | a seccomp violation (128 + SIGSYS) |
 //! | 128+n | jailer | the VMM died by signal n |
@@ -26,6 +27,8 @@ pub const GUEST_RESET: u8 = 10;
 pub const GUEST_CRASHED: u8 = 11;
 /// The host ended the machine with SIGTERM or SIGINT.
 pub const ENDED_BY_HOST: u8 = 12;
+/// The machine has moved to another VMM, and runs there.
+pub const MOVED: u8 = 13;
 /// A step of building the jail failed.
 pub const JAIL_FAILED: u8 = 125;
 /// A thread called what its seccomp policy forbids (128 + SIGSYS).

@@ -81,6 +81,14 @@ impl ApiClient {
         self.answer()
     }
 
+    /// Sends a request after which the connection is something else: that, and what has come of it already.
+    pub fn upgrade(mut self, path: &str, body: &Value) -> Result<(UnixStream, Vec<u8>)> {
+        let answer = self.ask("PUT", path, body)?;
+        anyhow::ensure!(answer.status == 101, "{answer:?}");
+        self.stream.set_read_timeout(None)?;
+        Ok((self.stream, self.rest))
+    }
+
     /// Reads the next answer.
     pub fn answer(&mut self) -> Result<ApiAnswer> {
         let end = loop {

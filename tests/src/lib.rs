@@ -19,6 +19,7 @@ mod net_back_end;
 mod netns;
 mod placement;
 mod process;
+mod relay;
 mod run;
 mod vm;
 
@@ -33,6 +34,7 @@ pub use net_back_end::{NetBackEnd, neighbour};
 pub use netns::{Netns, wait_until_running};
 pub use placement::{cpus_of_thread, memory_nodes};
 pub use process::{Finished, Running, resident_mib};
+pub use relay::Relay;
 pub use run::{Casemate, kernel_file, modules, packaged_kernel, rootfs};
 pub use vm::{Vm, bin, bin_dir};
 

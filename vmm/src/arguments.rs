@@ -46,7 +46,8 @@ Runs one microVM. Its first serial port is standard input and output.
 
 Exit codes: 0 the guest powered off, 1 the VMM failed while it ran, 2 bad arguments, config or
 resources (nothing was started), 10 the guest asked for a reset, 11 the guest crashed, 12 ended by
-SIGTERM or SIGINT (of a guest from a config file the first presses the power button), 159 seccomp violation.";
+SIGTERM or SIGINT (of a guest from a config file the first presses the power button), 13 the machine
+has moved to another VMM, 159 seccomp violation.";
 
 /// Where the API listens unless said otherwise: where Firecracker's does.
 pub const DEFAULT_API_SOCK: &str = "/run/firecracker.socket";

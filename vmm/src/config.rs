@@ -170,8 +170,13 @@ fn range<T>(
 impl Config {
     /// Whether nothing has been said of the machine yet.
     pub fn is_untouched(&self) -> bool {
+        self.is_same(&Self::default())
+    }
+
+    /// Whether it says the same.
+    pub fn is_same(&self, other: &Self) -> bool {
         let text = serde_json::to_string(self);
-        text.is_ok_and(|text| serde_json::to_string(&Self::default()).is_ok_and(|new| new == text))
+        text.is_ok_and(|text| serde_json::to_string(other).is_ok_and(|other| other == text))
     }
 
     /// Reads a config.

@@ -17,6 +17,8 @@ pub enum End {
     Crashed(String),
     /// The host ended it.
     ByHost,
+    /// It runs in another VMM now.
+    Moved,
     /// The VMM cannot go on, and why.
     Failed(String),
 }
@@ -34,6 +36,7 @@ impl End {
             Self::Reset => exit::GUEST_RESET,
             Self::Crashed(_) => exit::GUEST_CRASHED,
             Self::ByHost => exit::ENDED_BY_HOST,
+            Self::Moved => exit::MOVED,
             Self::Failed(_) => exit::VMM_FAILED,
         }
     }

@@ -32,15 +32,18 @@ use crate::virtio::transport::mmio::MmioTransport;
 use crate::virtio::worker::Restored;
 use crate::virtio::{Balloon, DeviceWorker, Entropy, VirtioDevice, Vsock, VsockOptions};
 
+mod arrival;
 mod attached;
 mod changes;
 mod command_line;
 mod console;
+mod departure;
 pub mod devices;
 mod drives;
 mod error;
 mod guest_memory;
 pub mod hotplug;
+pub mod moving;
 mod network;
 mod panel;
 pub mod placement;
@@ -49,10 +52,12 @@ mod pmem;
 mod restoring;
 mod running;
 mod saving;
+mod sending;
 pub mod state;
 pub mod vcpus;
 mod warming;
 
+pub use arrival::Arrival;
 use attached::{Attached, OnMmio, OnPci, Working};
 use command_line::command_line;
 pub use console::ConsolePanel;
@@ -60,13 +65,14 @@ use devices::Devices;
 pub use error::Error;
 use error::host;
 use hotplug::Hotplug;
+use moving::Way;
 use network::Metadata;
 pub use panel::Panel;
 use panel::panel;
-pub use restoring::Restore;
+pub use restoring::{Restore, SavedMemory};
 pub use running::RunningMachine;
 use saving::Saver;
-pub use saving::{Error as SaveError, Files, HeldMachine, Kind};
+pub use saving::{Error as SaveError, Files, HeldMachine, Kind, Stranded};
 use vcpus::Vcpus;
 
 /// A machine whose guest has not run yet.
@@ -88,6 +94,8 @@ pub struct Machine {
     memory: GuestMemory,
     /// How the devices go on from a saved machine's; none for a new machine.
     restored: Option<Vec<Restored>>,
+    /// Whether it is another one's, come here.
+    is_moved: bool,
     /// The snapshot that it goes on from.
     base: Option<SnapshotId>,
     /// Pages that it will use first.
@@ -140,17 +148,8 @@ pub fn build(
     let supported = vm.supported_cpuid()?;
     let template = Template::of(config, &vm, &supported)?;
     template.warn();
-    let offered = template.apply(&supported)?;
-    let mut cpuid = MachineCpuid::new(&offered, topology(config), vm.has_tsc_deadline());
-    if config.machine_config.numa_nodes.len() > 1 {
-        cpuid.set_nodes(placement::nodes_of_vcpus(&config.machine_config));
-    }
-    let memory = memory::Options {
-        huge_pages: config.machine_config.huge_pages,
-        track_dirty_pages: config.machine_config.track_dirty_pages,
-        free_huge_pages,
-        shared: config.shares_memory(),
-    };
+    let cpuid = cpuid(config, &vm, &template, &supported)?;
+    let memory = memory_options(config, free_huge_pages);
     let memory = match &restore {
         Some(restore) => restore.memory(memory)?,
         None => guest_memory::allocate(config, memory)?,
@@ -234,7 +233,9 @@ pub fn build(
         windows,
         hotplug,
     } = devices.into_worker(&names)?;
+    let is_moved = restore.as_ref().is_some_and(Restore::is_moved);
     let base = restore.as_ref().map(|restore| restore.saved.id);
+    let base = base.filter(|_| !is_moved);
     let working_set = restore.as_mut().and_then(|it| it.working_set.take());
     let restored = restore.map(|restore| restore.devices(&names, &windows, hotplug.as_ref()));
     let restored = restored.transpose()?;
@@ -262,11 +263,37 @@ pub fn build(
         reader,
         memory,
         restored,
+        is_moved,
         base,
         working_set,
         #[cfg(feature = "gdb")]
         gdb,
     })
+}
+
+/// What the memory is made of.
+fn memory_options(config: &Config, free_huge_pages: Option<u64>) -> memory::Options {
+    memory::Options {
+        huge_pages: config.machine_config.huge_pages,
+        track_dirty_pages: config.machine_config.track_dirty_pages,
+        free_huge_pages,
+        shared: config.shares_memory(),
+    }
+}
+
+/// What a new vCPU of `config`'s machine would be told of this host's CPU.
+fn cpuid(
+    config: &Config,
+    vm: &Vm,
+    template: &Template,
+    supported: &CpuId,
+) -> Result<MachineCpuid, Error> {
+    let offered = template.apply(supported)?;
+    let mut cpuid = MachineCpuid::new(&offered, topology(config), vm.has_tsc_deadline());
+    if config.machine_config.numa_nodes.len() > 1 {
+        cpuid.set_nodes(placement::nodes_of_vcpus(&config.machine_config));
+    }
+    Ok(cpuid)
 }
 
 /// Makes the vCPUs those of a new machine, and returns what CPUID says on each.
@@ -444,9 +471,13 @@ impl Machine {
             let started = stub.start(&vcpus, Arc::clone(ends), seal);
             started.map_err(host("start the debugger's stub"))?;
         }
+        // Made while descriptors may be.
+        let way = self.reader.is_some().then(Way::new).transpose();
+        let way = way.map_err(host("make an eventfd"))?;
+        let memory = self.memory;
         let saver = self.reader.map(|reader| {
             let seal = seal(Role::Helper, &sealed);
-            let saver = Saver::start(reader, self.memory, self.base, seal);
+            let saver = Saver::start(reader, memory.clone(), self.base, seal);
             saver.map_err(host("start the thread that saves the machine"))
         });
         let saver = saver.transpose()?;
@@ -469,11 +500,13 @@ impl Machine {
             pmem_places: self.pmem_places,
             windows: self.windows,
             saver,
+            way,
+            memory,
             working_set: self.working_set,
             vm: self.vm,
         };
         if is_restored {
-            running.regenerate()?;
+            running.regenerate(!self.is_moved)?;
         }
         Ok(running)
     }

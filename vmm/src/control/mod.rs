@@ -52,10 +52,11 @@ enum Token {
     Ejected,
     DeviceEjected,
     ConsoleRoom,
+    Moving,
 }
 
 impl Token {
-    const ALL: [Self; 7] = [
+    const ALL: [Self; 8] = [
         Self::End,
         Self::Signal,
         Self::Room,
@@ -63,6 +64,7 @@ impl Token {
         Self::Ejected,
         Self::DeviceEjected,
         Self::ConsoleRoom,
+        Self::Moving,
     ];
 }
 
@@ -183,6 +185,9 @@ impl Control {
         if let Some(hotplug) = &machine.hotplug {
             self.watch(hotplug.registers().ejected(), Token::DeviceEjected)?;
         }
+        if let Some(way) = machine.way() {
+            self.watch(way.news(), Token::Moving)?;
+        }
         if let Some(console) = &panel.console {
             self.watch(console.port.room(), Token::ConsoleRoom)?;
             console.port.resize(console::terminal_size());
@@ -258,7 +263,8 @@ impl Control {
                     Some(Token::Stdin) => self.input.read(&self.epoll),
                     Some(Token::Ejected) => ejected = true,
                     Some(Token::DeviceEjected) => device_ejected = true,
-                    Some(Token::End) | None => {}
+                    // What it is for is done at the end of the turn.
+                    Some(Token::End | Token::Moving) | None => {}
                 }
             }
             self.metrics.tick(Instant::now());

@@ -173,6 +173,12 @@ impl StateReader {
             .collect()
     }
 
+    /// What CPUID says on the first vCPU.
+    pub fn first_cpuid(&self) -> &[kvm_cpuid_entry2] {
+        let first = self.vcpus.first();
+        first.map_or(&[], |(_, cpuid)| cpuid.as_slice())
+    }
+
     /// The vCPUs in their order. None of them runs meanwhile.
     ///
     /// # Errors

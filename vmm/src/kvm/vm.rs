@@ -11,13 +11,13 @@ use kvm_bindings::{
 };
 use kvm_ioctls::{Cap, IoEventAddress, Kvm, VmFd};
 use log::{debug, warn};
-use vm_memory::{Address, GuestMemoryBackend as _, GuestMemoryRegion};
+use vm_memory::{Address, GuestMemoryBackend as _, GuestMemoryRegion, GuestRegionMmap};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::vcpu::Vcpu;
 use super::{Error, failed, irq};
 use crate::memory::file_mapping::FileMapping;
-use crate::memory::{GuestMemory, dirty, layout};
+use crate::memory::{DirtyPages, GuestMemory, dirty, layout};
 
 /// The version of the interface since Linux 2.6.22.
 const API_VERSION: i32 = 12;
@@ -34,6 +34,21 @@ pub struct Vm {
     next_slot: u32,
     /// Numbers before it that are free again.
     free_slots: Vec<u32>,
+}
+
+/// Memslot `slot` for `region`.
+fn memslot(
+    slot: u32,
+    region: &GuestRegionMmap<DirtyPages>,
+    log: bool,
+) -> kvm_userspace_memory_region {
+    kvm_userspace_memory_region {
+        slot,
+        guest_phys_addr: region.start_addr().raw_value(),
+        memory_size: region.len(),
+        userspace_addr: region.as_ptr() as u64,
+        flags: if log { KVM_MEM_LOG_DIRTY_PAGES } else { 0 },
+    }
 }
 
 /// A file in the guest's address space.
@@ -111,21 +126,25 @@ impl Vm {
         // Kept from here on, so that it outlives the memslots.
         self.memory = Some(memory.clone());
         for region in memory.iter() {
-            let slot = kvm_userspace_memory_region {
-                slot: self.take_slot(),
-                guest_phys_addr: region.start_addr().raw_value(),
-                memory_size: region.len(),
-                userspace_addr: region.as_ptr() as u64,
-                flags: if dirty::of(region).is_tracking() {
-                    KVM_MEM_LOG_DIRTY_PAGES
-                } else {
-                    0
-                },
-            };
+            let slot = memslot(self.take_slot(), region, dirty::of(region).is_tracking());
             // SAFETY: the region is mapped with this length and stays so as long as `self.memory`,
             // which lives as long as the machine; regions of a GuestMemory do not overlap.
             unsafe { self.fd.set_user_memory_region(slot) }
                 .map_err(failed("give the guest so much memory (`mem_size_mib`)"))?;
+        }
+        Ok(())
+    }
+
+    /// Has KVM keep which pages the guest writes from now on, or no longer. Its vCPUs may run.
+    ///
+    /// # Errors
+    /// When the kernel refuses.
+    pub fn log_writes(&self, log: bool) -> Result<(), Error> {
+        let regions = self.memory.iter().flat_map(|memory| memory.iter());
+        for (number, region) in (0..).zip(regions) {
+            // SAFETY: the memslot is as `set_memory` made it, but for the log.
+            unsafe { self.fd.set_user_memory_region(memslot(number, region, log)) }
+                .map_err(failed("keep which pages the guest writes"))?;
         }
         Ok(())
     }

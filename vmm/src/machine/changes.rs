@@ -6,6 +6,7 @@
 
 use vm_memory::GuestMemoryBackend as _;
 
+use super::sending::{self, Bitmaps};
 use crate::kvm::{Error, StateReader};
 use crate::memory::{GuestMemory, dirty};
 use crate::snapshot::SnapshotId;
@@ -16,16 +17,20 @@ pub(super) struct Changes {
     /// The last snapshot, made or loaded.
     base: Option<SnapshotId>,
     /// A bit for each page that was written since, for each region.
-    pages: Vec<Vec<u64>>,
+    pages: Bitmaps,
+    /// Whether the logs are kept for snapshots.
+    tracked: bool,
     /// The snapshot that was written last, and has no name yet.
     unnamed: Option<SnapshotId>,
 }
 
 impl Changes {
-    /// Of a machine that was just made, from snapshot `base` if it goes on from one.
-    pub(super) fn since(base: Option<SnapshotId>) -> Self {
+    /// Of a machine that was just made, from snapshot `base` if it goes on from one, and with `memory`, which is tracked or
+    /// not.
+    pub(super) fn since(base: Option<SnapshotId>, memory: &GuestMemory) -> Self {
         Self {
             base,
+            tracked: memory.iter().all(|region| dirty::of(region).is_tracking()),
             ..Self::default()
         }
     }
@@ -45,23 +50,18 @@ impl Changes {
     /// # Errors
     /// When KVM refuses.
     pub(super) fn take(&mut self, reader: &StateReader, memory: &GuestMemory) -> Result<(), Error> {
-        if !memory.iter().all(|region| dirty::of(region).is_tracking()) {
-            return Ok(());
+        if self.tracked {
+            let ours: Vec<_> = memory.iter().map(|it| dirty::of(it).take()).collect();
+            self.add(&ours);
+            self.add(&reader.dirty_log(memory)?);
         }
-        let ours: Vec<_> = memory.iter().map(|it| dirty::of(it).take()).collect();
-        self.add(ours);
-        self.add(reader.dirty_log(memory)?);
         Ok(())
     }
 
-    fn add(&mut self, bitmaps: Vec<Vec<u64>>) {
-        self.pages
-            .resize_with(bitmaps.len().max(self.pages.len()), Vec::new);
-        for (pages, more) in self.pages.iter_mut().zip(bitmaps) {
-            pages.resize(more.len().max(pages.len()), 0);
-            for (word, more) in pages.iter_mut().zip(more) {
-                *word |= more;
-            }
+    /// Somebody else has taken these from the logs.
+    pub(super) fn add(&mut self, pages: &[Vec<u64>]) {
+        if self.tracked {
+            sending::add(&mut self.pages, pages);
         }
     }
 
@@ -90,12 +90,16 @@ mod tests {
 
     #[test]
     fn what_has_no_name_is_kept_for_the_next() {
-        let mut changes = Changes::since(Some(IDS[0]));
-        changes.add(vec![vec![1, 0], vec![8]]);
-        changes.add(vec![vec![4, 2], vec![0]]);
+        let memory = crate::memory::allocate(8192).unwrap();
+        let mut changes = Changes::since(Some(IDS[0]), &memory);
+        changes.add(&[vec![7]]);
+        assert!(changes.pages().is_empty(), "not tracked");
+        changes.tracked = true;
+        changes.add(&[vec![1, 0], vec![8]]);
+        changes.add(&[vec![4, 2], vec![0]]);
         assert_eq!(changes.pages(), [vec![5, 2], vec![8]]);
         changes.written(IDS[1]);
-        changes.add(vec![vec![0, 1], vec![0]]);
+        changes.add(&[vec![0, 1], vec![0]]);
         assert_eq!(changes.base(), Some(IDS[0]));
         assert_eq!(changes.pages(), [vec![5, 3], vec![8]]);
         changes.written(IDS[1]);
@@ -103,7 +107,7 @@ mod tests {
         assert_eq!((changes.base(), changes.pages().len()), (Some(IDS[1]), 0));
         // Once is enough.
         changes.named();
-        changes.add(vec![vec![1]]);
+        changes.add(&[vec![1]]);
         assert_eq!(
             (changes.base(), changes.pages()),
             (Some(IDS[1]), &[vec![1]][..])

@@ -30,11 +30,19 @@ pub struct Restore {
     /// All of it but the memory.
     pub saved: Saved,
     /// The memory.
-    pub memory: Arc<File>,
+    pub memory: SavedMemory,
     /// Pages of it that the guest will use first, where that is known.
     pub working_set: Option<Vec<Run>>,
     /// Whether the guest's clock goes on as if it had run meanwhile.
     pub by_wall_clock: bool,
+}
+
+/// Where the memory of a saved machine is.
+pub enum SavedMemory {
+    /// In this file.
+    File(Arc<File>),
+    /// It has come already, from the machine itself.
+    Here(GuestMemory),
 }
 
 /// Why no machine goes on from a saved one.
@@ -85,13 +93,29 @@ impl Restore {
         if *regions != memory::ram_regions(self.machine().config.memory_size()) {
             return Err(Error::Nonsense("pieces of memory"));
         }
-        memory_file::check(&self.memory, self.saved.id, regions)?;
-        Ok(memory_file::map(&self.memory, regions, options)?)
+        match &self.memory {
+            SavedMemory::File(file) => {
+                memory_file::check(file, self.saved.id, regions)?;
+                Ok(memory_file::map(file, regions, options)?)
+            }
+            SavedMemory::Here(memory) if memory_file::regions(memory) == *regions => {
+                Ok(memory.clone())
+            }
+            SavedMemory::Here(_) => Err(Error::Nonsense("pieces of memory")),
+        }
     }
 
-    /// Its memory's file, which is to stay as it is from now on.
-    pub(super) fn watch(&self) -> Result<MappedFile, Error> {
-        MappedFile::watch(&self.memory).map_err(Error::Watch)
+    /// Whether it is still the same machine, and not one that goes on from a snapshot of it.
+    pub(super) fn is_moved(&self) -> bool {
+        matches!(self.memory, SavedMemory::Here(_))
+    }
+
+    /// Its memory's file, if it is mapped, which is to stay as it is from now on.
+    pub(super) fn watch(&self) -> Result<Option<MappedFile>, Error> {
+        match &self.memory {
+            SavedMemory::File(file) => MappedFile::watch(file).map(Some).map_err(Error::Watch),
+            SavedMemory::Here(_) => Ok(None),
+        }
     }
 
     /// The vCPUs, and what KVM has besides; `here` is what a new machine would be told on this host.

@@ -7,11 +7,13 @@ use std::time::Duration;
 use super::Error;
 use super::devices::Devices;
 use super::hotplug::Hotplug;
+use super::moving::Way;
 use super::network::Metadata;
 use super::panel::Panel;
 use super::saving::Saver;
 use super::vcpus::{self, Vcpus};
 use crate::kvm::Vm;
+use crate::memory::GuestMemory;
 use crate::snapshot::working_set::Run;
 use crate::virtio::transport::mmio::MmioTransport;
 
@@ -34,6 +36,10 @@ pub struct RunningMachine {
     pub(super) windows: Vec<Arc<MmioTransport>>,
     /// What saves it, if it can be saved.
     pub(super) saver: Option<Saver>,
+    /// How far its way to another VMM is, if it can go.
+    pub(super) way: Option<Arc<Way>>,
+    /// Its memory.
+    pub(super) memory: GuestMemory,
     /// Pages to bring once the guest runs.
     pub(super) working_set: Option<Vec<Run>>,
     /// The memslots stay valid as long as this does.
@@ -81,13 +87,15 @@ impl RunningMachine {
         self.vcpus.settle();
     }
 
-    /// Tells the guest that it is another machine than before and that its time has jumped: after a restore,
-    /// before it runs on.
+    /// Tells the guest that its time has jumped, and, if it `is_another`, that it is another machine than before: after a
+    /// restore, before it runs on.
     ///
     /// # Errors
     /// When there are no random bytes.
-    pub fn regenerate(&self) -> Result<(), Error> {
-        self.panel.generation.regenerate()?;
+    pub fn regenerate(&self, is_another: bool) -> Result<(), Error> {
+        if is_another {
+            self.panel.generation.regenerate()?;
+        }
         Ok(self.panel.clock.disrupt()?)
     }
 

@@ -6,6 +6,7 @@
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt as _;
+use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, TryRecvError, channel};
 use std::thread::Builder;
 
@@ -14,6 +15,8 @@ use thiserror::Error;
 
 use super::changes::Changes;
 use super::devices::DeviceName;
+use super::moving::{self, Phase, Wire};
+use super::sending::{Bitmaps, Departure, Sending, Word};
 use super::state::{DeviceState, MachineState, sections};
 use super::warming::{self, Warming};
 use super::{RunningMachine, attached};
@@ -68,6 +71,12 @@ pub enum Error {
         /// What the host said.
         source: io::Error,
     },
+    /// On its way.
+    #[error(transparent)]
+    Moving(#[from] moving::Error),
+    /// Nobody keeps what the guest writes, or what we do.
+    #[error("cannot keep which pages are written: {0}")]
+    Log(#[source] kvm::Error),
     /// The working set.
     #[error(transparent)]
     WorkingSet(#[from] warming::Error),
@@ -95,7 +104,7 @@ pub enum Kind {
 }
 
 /// What the thread is asked for.
-enum Order {
+pub(super) enum Order {
     Save(Box<Job>),
     /// What was saved last has its names.
     Named,
@@ -103,9 +112,13 @@ enum Order {
     Warm(Vec<Run>),
     /// Write down which pages were used.
     Record(File),
+    /// Send the machine to another VMM.
+    Send(Box<Departure>),
+    /// What whoever sends it waits for.
+    Word(Word),
 }
 
-struct Job {
+pub(super) struct Job {
     machine: MachineState,
     files: Files,
     kind: Kind,
@@ -135,9 +148,9 @@ impl Saver {
         let (done, results) = channel();
         let is_mapped = warming::is_mapped(&memory);
         let keeper = Keeper {
+            changes: Changes::since(base, &memory),
             reader,
             memory,
-            changes: Changes::since(base),
             loaded: base,
         };
         let run = move || {
@@ -163,7 +176,7 @@ impl Saver {
         self.results.recv().map_err(|_| gone())?
     }
 
-    fn tell(&self, order: Order) {
+    pub(super) fn tell(&self, order: Order) {
         // Of a thread that has ended the next snapshot hears.
         let _ = self.orders.send(order);
     }
@@ -211,6 +224,13 @@ impl Keeper {
                     warming = Some(Warming::new(&self.memory, runs));
                     continue;
                 }
+                Some(Order::Send(departure)) => match self.send(*departure, orders) {
+                    Some(result) => result,
+                    None => continue,
+                },
+                // Nothing is being sent any more, and whoever stopped the guest for it shall know.
+                Some(Order::Word(Word::Stopped(..))) => Err(moving::Error::Cancelled.into()),
+                Some(Order::Word(Word::Round(_))) => continue,
                 Some(Order::Save(job)) => self.save(*job),
                 Some(Order::Record(file)) => self.record(&file),
             };
@@ -218,6 +238,53 @@ impl Keeper {
                 return;
             }
         }
+    }
+
+    /// Sends the machine. There is a result once the guest was stopped for it: somebody waits for it then.
+    fn send(
+        &mut self,
+        departure: Departure,
+        orders: &Receiver<Order>,
+    ) -> Option<Result<Written, Error>> {
+        let Departure {
+            socket,
+            mut offer,
+            limits,
+            way,
+            written,
+        } = departure;
+        offer.cpuid = self.reader.first_cpuid().to_vec();
+        let Self {
+            reader,
+            memory,
+            changes,
+            ..
+        } = self;
+        changes.add(&written);
+        let mut stopped = false;
+        let sent = Sending {
+            reader,
+            memory,
+            untouched: Untouched::Mapped,
+            way: &way,
+            wire: Wire::new(socket, Arc::clone(&way)),
+            limits,
+            taken: &mut |pages| changes.add(pages),
+        }
+        .run(&offer, || {
+            let word = await_word(orders)?;
+            stopped |= matches!(word, Word::Stopped(..));
+            Ok(word)
+        });
+        if let Err(error) = &sent {
+            let error = error.to_string();
+            way.update(|progress| progress.error = Some(error));
+        }
+        if stopped {
+            return Some(sent.map_err(Error::from));
+        }
+        way.announce(Phase::Failed);
+        None
     }
 
     fn record(&self, file: &File) -> Result<Written, Error> {
@@ -268,12 +335,27 @@ impl Keeper {
     }
 }
 
+/// The control thread's next word to whoever sends the machine.
+fn await_word(orders: &Receiver<Order>) -> Result<Word, moving::Error> {
+    loop {
+        match orders.recv() {
+            Ok(Order::Word(word)) => return Ok(word),
+            // Of a snapshot that was made just before, or of no use now. Nothing else is asked for meanwhile.
+            Ok(_) => {}
+            Err(_) => return Err(moving::Error::Cancelled),
+        }
+    }
+}
+
 /// A paused machine, whose devices rest as long as this lives.
 pub struct HeldMachine<'a> {
     saver: &'a Saver,
     machine: MachineState,
     held: Option<Held>,
 }
+
+/// The devices of a machine that may run elsewhere: they rest as long as this lives.
+pub struct Stranded(#[allow(dead_code, reason = "what counts is that it is dropped")] Option<Held>);
 
 impl HeldMachine<'_> {
     /// Saves it to `files`; then its devices go on. Say [`RunningMachine::snapshot_named`] once those have their names.
@@ -289,6 +371,32 @@ impl HeldMachine<'_> {
         });
         drop(self.held);
         written
+    }
+}
+
+impl HeldMachine<'_> {
+    /// Sends the rest of the machine, of which this process has written `pages` since the last time, and has it run at the
+    /// other end. It never goes on here, unless that fails.
+    ///
+    /// # Errors
+    /// When it does. The devices of a machine that may run at the other end rest until the second part is dropped.
+    pub(super) fn send(self, pages: Bitmaps) -> Result<Written, (Error, Option<Stranded>)> {
+        let Self {
+            saver,
+            machine,
+            held,
+        } = self;
+        let word = Word::Stopped(Box::new(machine), pages);
+        match saver.ask(Order::Word(word)) {
+            Ok(written) => {
+                std::mem::forget(held);
+                Ok(written)
+            }
+            Err(Error::Moving(error)) if error.is_unknown() => {
+                Err((error.into(), Some(Stranded(held))))
+            }
+            Err(error) => Err((error, None)),
+        }
     }
 }
 

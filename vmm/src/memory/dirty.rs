@@ -1,9 +1,10 @@
 //! Which pages of guest memory this process has written itself. KVM keeps the same of what the guest
 //! writes ([`crate::kvm::StateReader::dirty_log`]); what has changed is in one of the two.
 //!
-//! While nothing is tracked, a write costs one look at an `Option` more.
+//! While nothing is tracked, a write costs one look more.
 
 use std::num::NonZeroUsize;
+use std::sync::OnceLock;
 
 use vm_memory::bitmap::{AtomicBitmap, Bitmap, NewBitmap, RefSlice, WithBitmapSlice};
 use vm_memory::{GuestRegionMmap, MmapRegion};
@@ -16,24 +17,31 @@ pub const PAGE_SIZE: NonZeroUsize = NonZeroUsize::new(4096).unwrap();
 /// A device marks what it lets the kernel fill before the kernel does. So whoever takes the pages
 /// does that while the devices rest: between a mark and its write nothing may be taken.
 #[derive(Debug, Default)]
-pub struct DirtyPages(Option<AtomicBitmap>);
+pub struct DirtyPages(OnceLock<AtomicBitmap>);
 
 impl DirtyPages {
     /// Tracks a region of `size` bytes; none of it is written yet.
     pub fn tracking(size: usize) -> Self {
-        Self(Some(AtomicBitmap::new(size, PAGE_SIZE)))
+        let pages = Self::default();
+        pages.start(size);
+        pages
+    }
+
+    /// Tracks a region of `size` bytes from now on, for good. While devices rest: what they are about to write was not marked.
+    pub fn start(&self, size: usize) {
+        self.0.get_or_init(|| AtomicBitmap::new(size, PAGE_SIZE));
     }
 
     /// Whether anything is tracked.
     pub fn is_tracking(&self) -> bool {
-        self.0.is_some()
+        self.0.get().is_some()
     }
 
     /// The pages written since the last call: one bit each, the first page is bit 0 of the first
     /// word, as in KVM's log. Empty while nothing is tracked.
     pub fn take(&self) -> Vec<u64> {
         self.0
-            .as_ref()
+            .get()
             .map(AtomicBitmap::get_and_reset)
             .unwrap_or_default()
     }
@@ -51,19 +59,17 @@ impl<'a> WithBitmapSlice<'a> for DirtyPages {
 
 impl Bitmap for DirtyPages {
     fn mark_dirty(&self, offset: usize, len: usize) {
-        if let Some(bitmap) = &self.0 {
+        if let Some(bitmap) = self.0.get() {
             bitmap.mark_dirty(offset, len);
         }
     }
 
     fn dirty_at(&self, offset: usize) -> bool {
-        self.0
-            .as_ref()
-            .is_some_and(|bitmap| bitmap.dirty_at(offset))
+        self.0.get().is_some_and(|bitmap| bitmap.dirty_at(offset))
     }
 
     fn slice_at(&self, offset: usize) -> Option<RefSlice<'_, AtomicBitmap>> {
-        self.0.as_ref().map(|bitmap| bitmap.slice_at(offset))
+        self.0.get().map(|bitmap| bitmap.slice_at(offset))
     }
 }
 

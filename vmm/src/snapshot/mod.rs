@@ -13,6 +13,7 @@ pub mod format;
 mod id;
 pub mod memory;
 mod merge;
+pub mod stream;
 mod trailer;
 pub mod working_set;
 pub mod writer;

@@ -72,6 +72,7 @@ impl Supervisor {
             (Some(exit::GUEST_CRASHED), _) => {
                 say("the guest crashed (triple fault, or an error in KVM)")
             }
+            (Some(exit::MOVED), _) => say("the machine has moved to another VMM"),
             (Some(exit::ENDED_BY_HOST), _) => say("the machine was ended from outside"),
             (Some(exit::SECCOMP_VIOLATION), _) => {
                 say("the VMM was ended: it made a system call that it may not")

@@ -17,6 +17,8 @@ mod hostile;
 mod hotplug;
 #[path = "../mem.rs"]
 mod mem;
+#[path = "../migration.rs"]
+mod migration;
 #[path = "../net.rs"]
 mod net;
 #[path = "../pmem.rs"]

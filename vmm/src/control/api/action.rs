@@ -3,6 +3,7 @@
 use serde::Deserialize;
 use serde_json::Value;
 
+use super::migration::ReceiveMachine;
 use super::snapshot::{CreateSnapshot, LoadSnapshot};
 use crate::config::{
     Balloon, BootSource, CpuTemplate, Drive, Entropy, HugePages, Logger, MachineConfig,
@@ -10,6 +11,7 @@ use crate::config::{
     Serial, Vsock,
 };
 use crate::machine::devices::DeviceName;
+use crate::machine::moving::Limits;
 
 /// What a request asks for.
 #[derive(Debug)]
@@ -51,6 +53,10 @@ pub enum Action {
     Resume,
     CreateSnapshot(CreateSnapshot),
     LoadSnapshot(Box<LoadSnapshot>),
+    GetMigration,
+    SendMachine(Limits),
+    ReceiveMachine(ReceiveMachine),
+    CancelMigration,
 }
 
 /// What is asked of the balloon.

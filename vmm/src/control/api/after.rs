@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use serde_json::json;
 
 use super::action::{Action, DriveUpdate, NetworkInterfaceUpdate, PmemUpdate};
+use super::migration::Moving;
 use super::plug::NewDevice;
 use super::{Desk, Fault, Reply, counting};
 use crate::config::{Drive, RateLimiter};
@@ -32,6 +33,11 @@ impl Desk {
             return Ok(reply);
         }
         match action {
+            Action::GetMigration => return Ok(self.progress(Some(machine))),
+            Action::CancelMigration => return self.cancel(machine),
+            // What is being moved stays as it is.
+            _ if self.is_moving() => return Err(Fault::Moving),
+            Action::SendMachine(limits) => return self.will_send(machine, limits),
             Action::Pause => {
                 let start = Instant::now();
                 self.pause(machine)?;
@@ -39,6 +45,8 @@ impl Desk {
             }
             Action::Resume => {
                 let start = Instant::now();
+                // Whoever asks for it after an end that nobody knows, knows it.
+                self.moving = Moving::Nothing;
                 machine.resume();
                 self.paused = false;
                 self.guest_runs();
@@ -85,7 +93,8 @@ impl Desk {
             | Action::PutMemoryHotplug(_)
             | Action::PutMmdsConfig(_)
             | Action::InstanceStart
-            | Action::LoadSnapshot(_) => return Err(Fault::Started),
+            | Action::LoadSnapshot(_)
+            | Action::ReceiveMachine(_) => return Err(Fault::Started),
             // `look` has answered these.
             Action::GetInstance
             | Action::GetVersion
@@ -95,7 +104,7 @@ impl Desk {
         Ok(Reply::Done)
     }
 
-    fn pause(&mut self, machine: &mut RunningMachine) -> Result<(), Fault> {
+    pub(super) fn pause(&mut self, machine: &mut RunningMachine) -> Result<(), Fault> {
         machine.pause();
         if let Err(vcpu) = machine.wait_until_paused(PAUSE) {
             machine.resume();

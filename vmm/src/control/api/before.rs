@@ -26,6 +26,10 @@ impl Desk {
             return Ok(reply);
         }
         match action {
+            Action::GetMigration => return Ok(self.progress(None)),
+            Action::ReceiveMachine(request) => return self.will_receive(request),
+            // What comes says all of the machine.
+            _ if self.is_moving() => return Err(Fault::Moving),
             Action::PutMachineConfig(machine) => self.change(|config| {
                 config.machine_config = machine;
             })?,
@@ -106,7 +110,9 @@ impl Desk {
             | Action::SendCtrlAltDel
             | Action::Pause
             | Action::Resume
-            | Action::CreateSnapshot(_) => return Err(Fault::NotStarted),
+            | Action::CreateSnapshot(_)
+            | Action::SendMachine(_)
+            | Action::CancelMigration => return Err(Fault::NotStarted),
             // `look` has answered these.
             Action::GetInstance
             | Action::GetVersion

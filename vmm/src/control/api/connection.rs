@@ -191,6 +191,12 @@ impl Connection {
         self.send();
     }
 
+    /// Its socket, and what has come since the last request; none if an answer still waits to be taken.
+    pub fn into_parts(self) -> Option<(UnixStream, Vec<u8>)> {
+        let usable = self.state == State::Open && !self.is_sending();
+        usable.then_some((self.socket, self.input))
+    }
+
     /// Sends what the client takes.
     pub fn send(&mut self) {
         self.last_used = Instant::now();

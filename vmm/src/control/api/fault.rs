@@ -102,6 +102,26 @@ pub enum Fault {
     /// It is no snapshot of a machine.
     #[error("the snapshot cannot be loaded: {0}")]
     Snapshot(#[from] machine::state::Error),
+    /// It goes while it runs.
+    #[error("the machine is paused: resume it, and it can be moved; or make a snapshot of it")]
+    Paused,
+    /// It cannot go.
+    #[error("the machine cannot be moved: {0}")]
+    NotMoved(#[source] machine::SaveError),
+    /// It cannot come.
+    #[error("the machine cannot come: {0}")]
+    NotReceived(#[source] machine::moving::Error),
+    /// What came is not what was offered.
+    #[error("the machine that came is not the one that was offered")]
+    OtherMachine,
+    /// Nobody is to change it meanwhile.
+    #[error(
+        "the machine is being moved: wait until it has (`GET /migration`), or cancel that (`PUT /migration/cancel`)"
+    )]
+    Moving,
+    /// Nothing to cancel.
+    #[error("no machine is being moved")]
+    NotMoving,
     /// Something that this VMM does not do yet.
     #[error("{0} is not supported yet")]
     NotYet(&'static str),

@@ -155,6 +155,7 @@ fn bad(why: &str) -> Response {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[allow(missing_docs, reason = "RFC 9110, section 15, has the meanings")]
 pub enum Status {
+    SwitchingProtocols = 101,
     Ok = 200,
     NoContent = 204,
     BadRequest = 400,
@@ -166,6 +167,7 @@ pub enum Status {
 impl Status {
     fn reason(self) -> &'static str {
         match self {
+            Self::SwitchingProtocols => "Switching Protocols",
             Self::Ok => "OK",
             Self::NoContent => "No Content",
             Self::BadRequest => "Bad Request",
@@ -179,12 +181,15 @@ impl Status {
 /// Leave to send a body.
 pub const CONTINUE: &[u8] = b"HTTP/1.1 100 Continue\r\n\r\n";
 
+/// What a connection becomes that carries a machine to another VMM.
+pub const PROTOCOL: &str = "casemate-migration";
+
 /// An answer.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Response {
     /// What came of the request.
     pub status: Status,
-    /// JSON; none for [`Status::NoContent`].
+    /// JSON; none for [`Status::NoContent`] and [`Status::SwitchingProtocols`].
     pub body: String,
     /// Whether the request used something that will go.
     pub deprecated: bool,
@@ -197,6 +202,14 @@ impl Response {
             status: Status::NoContent,
             body: String::new(),
             deprecated: false,
+        }
+    }
+
+    /// From here on the connection is something else.
+    pub fn upgrade() -> Self {
+        Self {
+            status: Status::SwitchingProtocols,
+            ..Self::done()
         }
     }
 
@@ -224,12 +237,20 @@ impl Response {
             "HTTP/1.1 {} {}\r\nServer: {SERVER}\r\nConnection: {}\r\n",
             self.status as u16,
             self.status.reason(),
-            if close { "close" } else { "keep-alive" }
+            match self.status {
+                Status::SwitchingProtocols => "Upgrade",
+                _ if close => "close",
+                _ => "keep-alive",
+            }
         );
+        if self.status == Status::SwitchingProtocols {
+            // Writing to a string does not fail.
+            let _ = write!(head, "Upgrade: {PROTOCOL}\r\n");
+        }
         if self.deprecated {
             head.push_str("Deprecation: true\r\n");
         }
-        if self.status != Status::NoContent {
+        if !matches!(self.status, Status::NoContent | Status::SwitchingProtocols) {
             // Writing to a string does not fail.
             let _ = write!(
                 head,

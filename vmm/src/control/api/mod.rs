@@ -13,6 +13,7 @@ mod counting;
 mod fault;
 pub mod http;
 mod memory;
+mod migration;
 mod plug;
 pub mod routes;
 mod server;
@@ -31,6 +32,7 @@ use self::action::{Action, MmdsAction};
 use self::connection::Request;
 pub use self::fault::Fault;
 use self::http::Response;
+use self::migration::Moving;
 use self::server::Server;
 use self::working_set::Recording;
 use crate::config::Config;
@@ -66,6 +68,8 @@ pub struct Api {
     desk: Desk,
     /// Whether a client may have another request ready.
     more: bool,
+    /// Whether more has come of a machine from another VMM.
+    more_comes: bool,
 }
 
 /// What answers requests.
@@ -79,6 +83,8 @@ struct Desk {
     paused: bool,
     /// The working set that is still to be recorded.
     recording: Option<Recording>,
+    /// The machine's way to or from another VMM.
+    moving: Moving,
     /// The machine that the last request has started.
     started: Option<RunningMachine>,
     /// Why that could not be done, and nothing can be any more.
@@ -92,6 +98,8 @@ enum Reply {
     Done,
     /// JSON.
     Json(String),
+    /// The connection becomes something else.
+    Upgrade,
 }
 
 impl Reply {
@@ -126,15 +134,21 @@ impl Api {
                 metadata: options.metadata,
                 paused: false,
                 recording: None,
+                moving: Moving::Nothing,
                 started: None,
                 failed: None,
             },
             more: false,
+            more_comes: false,
         })
     }
 
     /// Takes note of an event. Whether it was one of the API's.
     pub(super) fn on_event(&mut self, token: u64, events: EventSet, epoll: &Epoll) -> bool {
+        if token == migration::TOKEN {
+            self.more_comes = true;
+            return true;
+        }
         self.server.on_event(token, events, epoll)
     }
 
@@ -172,6 +186,13 @@ impl Api {
         self.more = self
             .server
             .serve(epoll, |request| desk.answer(None, metrics, &request));
+        if let Some(connection) = self.server.take_upgraded() {
+            desk.take_connection(None, connection, epoll);
+            self.more_comes = true;
+        }
+        if std::mem::take(&mut self.more_comes) {
+            desk.go_on_receiving(None);
+        }
         match self.desk.failed.take() {
             Some(error) => Err(error),
             None => Ok(self.desk.started.take()),
@@ -201,6 +222,13 @@ impl Api {
         self.more = self.server.serve(epoll, |request| {
             desk.answer(Some(machine), metrics, &request)
         });
+        if let Some(connection) = self.server.take_upgraded() {
+            desk.take_connection(Some(machine), connection, epoll);
+        }
+        if std::mem::take(&mut self.more_comes) {
+            desk.go_on_receiving(Some(machine));
+        }
+        desk.go_on_sending(machine);
     }
 }
 
@@ -237,6 +265,7 @@ impl Desk {
         let mut response = match result {
             Ok(Reply::Done) => Response::done(),
             Ok(Reply::Json(body)) => Response::json(body),
+            Ok(Reply::Upgrade) => Response::upgrade(),
             Err(fault) => {
                 info!("API: refused {} {path}: {fault}", method.name());
                 fault.response()

@@ -98,6 +98,11 @@ pub fn route(method: Method, path: &str, body: &[u8]) -> Result<Route, Error> {
     found.ok_or_else(|| unknown(method, path))
 }
 
+/// A body that says nothing.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Nothing {}
+
 fn unknown(method: Method, path: &str) -> Error {
     Error::Unknown {
         method: method.name(),
@@ -156,6 +161,7 @@ fn get(parts: &[&str]) -> Option<Action> {
         ["balloon", "hinting", "status"] => Action::Balloon(BalloonAction::GetHintingStatus),
         ["hotplug", "memory"] => Action::MemoryHotplug(MemoryHotplugAction::Get),
         ["hotplug", "vcpus"] => Action::GetVcpus,
+        ["migration"] => Action::GetMigration,
         _ => return None,
     })
 }
@@ -210,6 +216,12 @@ fn put(parts: &[&str], body: &[u8]) -> Result<Option<Route>, Error> {
             let mmds: MmdsConfig = json(body)?;
             deprecated = mmds.version == MmdsVersion::V1;
             Action::PutMmdsConfig(mmds)
+        }
+        ["migration", "send"] => Action::SendMachine(json(body)?),
+        ["migration", "receive"] => Action::ReceiveMachine(json(body)?),
+        ["migration", "cancel"] => {
+            let Nothing {} = json(body)?;
+            Action::CancelMigration
         }
         ["snapshot", "create"] => Action::CreateSnapshot(json(body)?),
         ["snapshot", "load"] => {

@@ -2,7 +2,7 @@
 
 use std::io;
 use std::os::fd::AsRawFd;
-use std::os::unix::net::UnixListener;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::time::{Duration, Instant};
 
 use log::{debug, warn};
@@ -28,6 +28,8 @@ pub struct Server {
     max_body: usize,
     /// The listener is not watched until then: it would wake us for ever, for clients that cannot be accepted.
     deaf_until: Option<Instant>,
+    /// A connection that has become something else.
+    upgraded: Option<(UnixStream, Vec<u8>)>,
 }
 
 struct Client {
@@ -49,6 +51,7 @@ impl Server {
             clients: (0..MAX_CLIENTS).map(|_| None).collect(),
             max_body,
             deaf_until: None,
+            upgraded: None,
         })
     }
 
@@ -79,17 +82,31 @@ impl Server {
     /// Serves at most one request of each client, by `serve`. Whether there may be more at once.
     pub fn serve(&mut self, epoll: &Epoll, mut serve: impl FnMut(Request) -> Response) -> bool {
         let mut more = false;
-        for client in self.clients.iter_mut().flatten() {
+        for slot in &mut self.clients {
+            let Some(client) = slot else { continue };
             let connection = &mut client.connection;
             if let Some(request) = connection.next(self.max_body) {
                 let close = request.head.close;
                 let response = serve(request);
-                connection.answer(&response, close);
+                let is_upgrade = response.status == Status::SwitchingProtocols;
+                connection.answer(&response, close && !is_upgrade);
                 more = true;
+                if is_upgrade && let Some(client) = slot.take() {
+                    let event = EpollEvent::default();
+                    let fd = client.connection.as_raw_fd();
+                    // It is watched, so this does not fail.
+                    let _ = epoll.ctl(ControlOperation::Delete, fd, event);
+                    self.upgraded = client.connection.into_parts();
+                }
             }
         }
         self.tidy(epoll);
         more
+    }
+
+    /// The connection of a client that was answered by [`Response::upgrade`], and what it has sent since.
+    pub fn take_upgraded(&mut self) -> Option<(UnixStream, Vec<u8>)> {
+        self.upgraded.take()
     }
 
     /// When [`Server::expire`] is to be called at the latest.

@@ -10,7 +10,7 @@ use super::working_set::WorkingSet;
 use super::{Desk, Fault, Reply};
 use crate::config::{Config, HugePages};
 use crate::machine::state::{self, Saved};
-use crate::machine::{self, Files, HeldMachine, Kind, Restore, RunningMachine};
+use crate::machine::{self, Files, HeldMachine, Kind, Restore, RunningMachine, SavedMemory};
 use crate::snapshot::format;
 use crate::snapshot::memory::Written;
 
@@ -73,14 +73,14 @@ enum BackendType {
 
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
-struct NetworkOverride {
+pub(super) struct NetworkOverride {
     iface_id: String,
     host_dev_name: String,
 }
 
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
-struct VsockOverride {
+pub(super) struct VsockOverride {
     uds_path: String,
 }
 
@@ -124,21 +124,35 @@ impl LoadSnapshot {
             Some(RestoredPages::Transparent) => HugePages::Transparent,
             Some(RestoredPages::TwoMegabytes) => HugePages::TwoMegabytes,
         };
-        for change in &self.network_overrides {
-            let mut cards = config.network_interfaces.iter_mut();
-            let card = cards.find(|card| card.iface_id == change.iface_id);
-            let card = card
-                .ok_or_else(|| Fault::NoDevice(format!("network interface {}", change.iface_id)))?;
-            card.host_dev_name = Some(change.host_dev_name.clone());
-        }
-        if let Some(change) = &self.vsock_override {
-            let vsock = config.vsock.as_mut();
-            let vsock = vsock.ok_or_else(|| Fault::NoDevice("Vsock device".to_owned()))?;
-            vsock.uds_path = change.uds_path.clone();
-        }
+        override_sockets(
+            config,
+            &self.network_overrides,
+            self.vsock_override.as_ref(),
+        )?;
         config.check()?;
         Ok(())
     }
+}
+
+/// Changes what cards and sockets lead to.
+pub(super) fn override_sockets(
+    config: &mut Config,
+    cards: &[NetworkOverride],
+    vsock: Option<&VsockOverride>,
+) -> Result<(), Fault> {
+    for change in cards {
+        let mut cards = config.network_interfaces.iter_mut();
+        let card = cards.find(|card| card.iface_id == change.iface_id);
+        let card =
+            card.ok_or_else(|| Fault::NoDevice(format!("network interface {}", change.iface_id)))?;
+        card.host_dev_name = Some(change.host_dev_name.clone());
+    }
+    if let Some(change) = vsock {
+        let vsock = config.vsock.as_mut();
+        let vsock = vsock.ok_or_else(|| Fault::NoDevice("Vsock device".to_owned()))?;
+        vsock.uds_path = change.uds_path.clone();
+    }
+    Ok(())
 }
 
 impl Desk {
@@ -223,7 +237,7 @@ impl Desk {
         };
         let restore = Restore {
             saved,
-            memory,
+            memory: SavedMemory::File(memory),
             working_set,
             by_wall_clock: load.clock_realtime,
         };

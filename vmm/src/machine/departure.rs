@@ -1,0 +1,108 @@
+//! Lets a machine go to another VMM ([`moving`](super::moving)): the control thread's part.
+
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+
+use vm_memory::{GuestMemoryBackend as _, GuestMemoryRegion as _};
+
+use super::RunningMachine;
+use super::devices::DeviceName;
+use super::moving::{Limits, Offer, Way};
+use super::saving::{Error, Order, Stranded};
+use super::sending::{Bitmaps, Departure, Word};
+use crate::config::Config;
+use crate::memory::dirty;
+use crate::snapshot::memory::{Written, regions};
+
+impl RunningMachine {
+    /// How far the machine's way to another VMM is, where it can go.
+    pub fn way(&self) -> Option<&Arc<Way>> {
+        self.way.as_ref()
+    }
+
+    /// Whether the machine can go.
+    ///
+    /// # Errors
+    /// When it has something that cannot.
+    pub fn may_depart(&self, config: &Config) -> Result<(), Error> {
+        if let Some(pmem) = config.pmem.first() {
+            return Err(Error::Obstacle {
+                device: DeviceName::Pmem(pmem.id.clone()),
+                why: "what the guest wrote to its file may be anywhere between here and the disk",
+            });
+        }
+        drop(self.hold(config)?);
+        Ok(())
+    }
+
+    /// Begins to send the machine, which runs on, over `socket`.
+    ///
+    /// # Errors
+    /// When it cannot go, or the host does not keep what is written. It is as before.
+    pub fn depart(&self, config: &Config, limits: Limits, socket: UnixStream) -> Result<(), Error> {
+        let (saver, way) = (self.saver.as_ref(), self.way.as_ref());
+        let (Some(saver), Some(way)) = (saver, way) else {
+            return Err(Error::NoSaver);
+        };
+        // Nothing is under way that was not marked.
+        let held = self.hold(config)?;
+        for region in self.memory.iter() {
+            dirty::of(region).start(usize::try_from(region.len()).unwrap_or(usize::MAX));
+        }
+        self.vm.log_writes(true).map_err(Error::Log)?;
+        let written = self.written();
+        drop(held);
+        way.begin();
+        saver.tell(Order::Send(Box::new(Departure {
+            socket,
+            offer: Offer {
+                config: config.clone(),
+                enable_pci: self.hotplug.is_some(),
+                memory: regions(&self.memory),
+                // Known to who reads the vCPUs.
+                cpuid: Vec::new(),
+            },
+            limits,
+            way: Arc::clone(way),
+            written,
+        })));
+        Ok(())
+    }
+
+    /// Has the next round begin.
+    ///
+    /// # Errors
+    /// When the devices do not rest.
+    pub fn next_round(&self, config: &Config) -> Result<(), Error> {
+        let saver = self.saver.as_ref().ok_or(Error::NoSaver)?;
+        // What is under way now is marked, and would not be again.
+        let held = self.hold(config)?;
+        let written = self.written();
+        drop(held);
+        saver.tell(Order::Word(Word::Round(written)));
+        Ok(())
+    }
+
+    /// The guest stands still: sends the rest, and has the machine run at the other end.
+    ///
+    /// # Errors
+    /// When that fails: the machine may go on here, unless [`Stranded`] says that it may run there.
+    pub fn go(&self, config: &Config) -> Result<Written, (Error, Option<Stranded>)> {
+        let held = self.hold(config).map_err(|error| (error, None))?;
+        held.send(self.written())
+    }
+
+    /// It stays. What the guest writes is kept no longer, unless its config wants that.
+    pub fn stay(&self, config: &Config) {
+        if !config.machine_config.track_dirty_pages
+            && let Err(error) = self.vm.log_writes(false)
+        {
+            log::warn!("the guest's writes are kept on: {error}");
+        }
+    }
+
+    fn written(&self) -> Bitmaps {
+        let regions = self.memory.iter();
+        regions.map(|region| dirty::of(region).take()).collect()
+    }
+}
