@@ -21,6 +21,7 @@ use crate::gdb;
 use crate::kvm::cpuid::{MachineCpuid, Topology};
 use crate::kvm::{self, StateReader, Vcpu, Vm};
 use crate::lockdown::{self, Role, Stage};
+use crate::memory::touched::Untouched;
 use crate::memory::{self, GuestMemory, layout};
 use crate::metrics::Source;
 use crate::resources::{DriveBackend, Resources, VsockSockets};
@@ -42,6 +43,7 @@ mod error;
 mod guest_memory;
 pub mod hotplug;
 mod network;
+mod page_handler;
 mod panel;
 pub mod placement;
 mod plug;
@@ -61,9 +63,10 @@ pub use error::Error;
 use error::host;
 use hotplug::Hotplug;
 use network::Metadata;
+use page_handler::PageHandler;
 pub use panel::Panel;
 use panel::panel;
-pub use restoring::Restore;
+pub use restoring::{Restore, SavedMemory};
 pub use running::RunningMachine;
 use saving::Saver;
 pub use saving::{Error as SaveError, Files, HeldMachine, Kind};
@@ -86,6 +89,8 @@ pub struct Machine {
     windows: Vec<Arc<MmioTransport>>,
     reader: Option<StateReader>,
     memory: GuestMemory,
+    /// Who brings the memory, if it comes page by page.
+    page_handler: Option<PageHandler>,
     /// How the devices go on from a saved machine's; none for a new machine.
     restored: Option<Vec<Restored>>,
     /// The snapshot that it goes on from.
@@ -112,6 +117,21 @@ pub struct Options {
 /// # Errors
 /// See [`Error`]; nothing has run then.
 pub fn build(
+    config: &Config,
+    resources: Resources,
+    options: Options,
+    restore: Option<Restore>,
+) -> Result<Machine, Error> {
+    let lost = restore.as_ref().and_then(Restore::lost);
+    let built = assemble(config, resources, options, restore);
+    // Without its memory whatever else is wrong follows from that.
+    match lost.as_ref().and_then(|lost| lost.get()) {
+        Some(lost) => Err(lost.clone().into()),
+        None => built,
+    }
+}
+
+fn assemble(
     config: &Config,
     resources: Resources,
     options: Options,
@@ -151,9 +171,9 @@ pub fn build(
         free_huge_pages,
         shared: config.shares_memory(),
     };
-    let memory = match &restore {
+    let (memory, page_handler) = match &mut restore {
         Some(restore) => restore.memory(memory)?,
-        None => guest_memory::allocate(config, memory)?,
+        None => (guest_memory::allocate(config, memory)?, None),
     };
     placement::bind_memory(&memory, &config.machine_config)?;
     let address_bits = cpuid.physical_address_bits();
@@ -246,6 +266,10 @@ pub fn build(
         }
         None => None,
     };
+    // Last: nobody touches the memory between this and the start of the threads that do.
+    if let Some(handler) = &page_handler {
+        handler.settle(&panel.ends)?;
+    }
     Ok(Machine {
         vm,
         vcpus,
@@ -261,6 +285,7 @@ pub fn build(
         windows,
         reader,
         memory,
+        page_handler,
         restored,
         base,
         working_set,
@@ -446,7 +471,12 @@ impl Machine {
         }
         let saver = self.reader.map(|reader| {
             let seal = seal(Role::Helper, &sealed);
-            let saver = Saver::start(reader, self.memory, self.base, seal);
+            // What a handler would bring looks as if there were nothing.
+            let untouched = match &self.page_handler {
+                Some(_) => Untouched::Elsewhere,
+                None => Untouched::Mapped,
+            };
+            let saver = Saver::start(reader, self.memory, untouched, self.base, seal);
             saver.map_err(host("start the thread that saves the machine"))
         });
         let saver = saver.transpose()?;
@@ -470,6 +500,7 @@ impl Machine {
             windows: self.windows,
             saver,
             working_set: self.working_set,
+            _page_handler: self.page_handler,
             vm: self.vm,
         };
         if is_restored {

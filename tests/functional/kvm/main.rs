@@ -19,6 +19,7 @@ mod machine;
 mod mem;
 mod net;
 mod numa;
+mod page_handler;
 mod pci;
 mod pmem;
 mod runtime;

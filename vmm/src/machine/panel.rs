@@ -114,7 +114,7 @@ pub(super) fn panel(
         metadata,
         ends,
         pmem: Vec::new(),
-        memory_file: restore.map(Restore::watch).transpose()?,
+        memory_file: restore.map(Restore::watch).transpose()?.flatten(),
         metrics,
     })
 }

@@ -8,6 +8,7 @@ use super::Error;
 use super::devices::Devices;
 use super::hotplug::Hotplug;
 use super::network::Metadata;
+use super::page_handler::PageHandler;
 use super::panel::Panel;
 use super::saving::Saver;
 use super::vcpus::{self, Vcpus};
@@ -36,6 +37,8 @@ pub struct RunningMachine {
     pub(super) saver: Option<Saver>,
     /// Pages to bring once the guest runs.
     pub(super) working_set: Option<Vec<Run>>,
+    /// Who brings the memory, if it comes page by page.
+    pub(super) _page_handler: Option<PageHandler>,
     /// The memslots stay valid as long as this does.
     pub(super) vm: Vm,
 }

@@ -128,6 +128,7 @@ impl Saver {
     pub(super) fn start(
         reader: StateReader,
         memory: GuestMemory,
+        untouched: Untouched,
         base: Option<SnapshotId>,
         seal: impl FnOnce() -> Result<(), ()> + Send + 'static,
     ) -> io::Result<Self> {
@@ -137,6 +138,7 @@ impl Saver {
         let keeper = Keeper {
             reader,
             memory,
+            untouched,
             changes: Changes::since(base),
             loaded: base,
         };
@@ -178,6 +180,7 @@ impl Saver {
 struct Keeper {
     reader: StateReader,
     memory: GuestMemory,
+    untouched: Untouched,
     changes: Changes,
     /// The snapshot that the machine goes on from.
     loaded: Option<SnapshotId>,
@@ -230,6 +233,7 @@ impl Keeper {
         let Self {
             reader,
             memory,
+            untouched,
             changes,
             ..
         } = self;
@@ -245,10 +249,10 @@ impl Keeper {
         changes.take(reader, memory)?;
         let written = match (kind, changes.base()) {
             (Kind::Differences, Some(base)) => {
-                let (untouched, pages) = (Untouched::Mapped, changes.pages());
-                writer::write_diff(memory, untouched, &files.memory, id, base, pages)?
+                let pages = changes.pages();
+                writer::write_diff(memory, *untouched, &files.memory, id, base, pages)?
             }
-            _ => writer::write(memory, Untouched::Mapped, &files.memory, id)?,
+            _ => writer::write(memory, *untouched, &files.memory, id)?,
         };
         let failed = |action, file| {
             move |source| Error::Write {
