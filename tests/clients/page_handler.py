@@ -1,6 +1,6 @@
 """Brings a restored machine's memory page by page, as a program that knows Firecracker's handshake and nothing of Casemate.
 
-usage: page_handler.py SOCKET MEMORY_FILE [full|silent|once]
+usage: page_handler.py SOCKET MEMORY_FILE [full|silent|refuse]
 
 It says `listening`, then `mapped` and the message that it was sent, then each range that was given back.
 """
@@ -57,6 +57,8 @@ def main():
     uffd = descriptors[0]
     regions = json.loads(message)
     print("mapped", message.decode(), flush=True)
+    if how == "refuse":
+        return
     gone = set()
     waiting = []
     while True:
@@ -94,8 +96,6 @@ def main():
                     done = copy(uffd, at, memory.read(size))
                 if not done:
                     left.append(address)
-                elif how == "once":
-                    return
         waiting = left
 
 

@@ -67,6 +67,15 @@ fn saved(place: &Place, machine: impl Fn(&str) -> Vm) -> usize {
     said
 }
 
+/// The same of one that only counts.
+fn saved_ticks(place: &Place) {
+    let mut first = started(probe("probe.task=tick").unjailed());
+    first.vm.wait_for_line("probe: tick 3").unwrap();
+    Place::pause(&mut first);
+    place.create(&mut first);
+    first.kill();
+}
+
 #[test]
 fn a_guest_goes_on_with_memory_of_another_process() {
     for jailed in [false, true] {
@@ -96,4 +105,140 @@ fn a_guest_goes_on_with_memory_of_another_process() {
         let done = handler.running.wait().unwrap();
         assert_eq!(done.code, 0, "{done:#?}");
     }
+}
+
+/// A handler that dies takes its machine with it, by name, whoever waits for it: the guest never sees a page of zeroes.
+#[test]
+fn the_end_of_the_handler_is_a_named_end() {
+    for (jailed, paused) in [(false, false), (true, false), (false, true)] {
+        let place = Place::new();
+        let disk = place.path("disk");
+        pattern_disk(&disk, 8).unwrap();
+        let machine = |task: &str| {
+            let vm = drive(probe(task), &disk, "Sync").entropy();
+            if jailed { vm } else { vm.unjailed() }
+        };
+        saved(&place, machine);
+        let handler = Handler::foreign(&place, "full");
+        let mut second = load(&place, &handler, granted(&place, &handler.socket, machine("")));
+        second.vm.wait_for_line("probe: round").unwrap();
+        if paused {
+            Place::pause(&mut second);
+        }
+        handler.running.signal(Signal::SIGKILL).unwrap();
+        handler.running.wait().unwrap();
+        let done = second.vm.wait().unwrap();
+        assert_eq!(done.code, exit::VMM_FAILED, "{done:#?}");
+        assert!(done.stderr.contains("the page handler has closed"), "{done:#?}");
+    }
+}
+
+/// A handler that takes the connection and brings nothing, or hangs up, is a refusal; and so is none. The VMM can still
+/// load the snapshot otherwise.
+#[test]
+fn a_handler_that_brings_nothing_is_refused() {
+    let place = Place::new();
+    saved_ticks(&place);
+    let mut machine = Machine::new(probe("").unjailed());
+    let nobody = place.path("nobody.sock");
+    let answer = ask(&place, &nobody, &mut machine);
+    answer.assert_refused("page handler");
+    answer.assert_refused("No such file");
+    for (how, words) in [("silent", "no page for 10 s"), ("refuse", "has closed its socket")] {
+        let handler = Handler::foreign(&place, how);
+        if how == "silent" {
+            ask(&place, &handler.socket, &mut machine).assert_refused(words);
+        } else {
+            // Since a start failed, the VMM can connect to nobody.
+            ask(&place, &handler.socket, &mut machine).assert_refused("start a new VMM");
+            let mut other = Machine::new(probe("").unjailed());
+            ask(&place, &handler.socket, &mut other).assert_refused(words);
+            other.kill();
+            handler.running.wait().unwrap();
+        }
+        assert_eq!(machine.get("/")["state"], "Not started");
+    }
+    let memory = json!({ "backend_type": "File", "backend_path": place.path("memory") });
+    let body = json!({ "snapshot_path": place.path("state"), "mem_backend": memory, "resume_vm": true });
+    machine.put("/snapshot/load", body).assert_done();
+    machine.vm.wait_for_line("probe: tick 6").unwrap();
+    machine.kill();
+}
+
+/// What the jail was not given is named.
+#[test]
+fn a_jail_says_what_to_grant() {
+    let place = Place::new();
+    saved_ticks(&place);
+    let handler = Handler::foreign(&place, "full");
+    let state = place.path("state").display().to_string();
+    let jail = || probe("").jailer_arg("--grant-ro").jailer_arg(&state);
+    let mut machine = Machine::new(jail());
+    ask(&place, &handler.socket, &mut machine).assert_refused("--grant-userfaultfd");
+    machine.kill();
+    let mut machine = Machine::new(jail().jailer_arg("--grant-userfaultfd"));
+    ask(&place, &handler.socket, &mut machine).assert_refused("--grant-connect");
+    machine.kill();
+}
+
+/// A machine whose memory comes from a handler is saved whole: pages that have never come, too.
+#[test]
+fn what_a_handler_brought_can_be_saved_again() {
+    for jailed in [false, true] {
+        let place = Place::new();
+        let disk = place.path("disk");
+        pattern_disk(&disk, 8).unwrap();
+        let machine = |task: &str| {
+            let vm = drive(probe(task), &disk, "Sync").entropy();
+            if jailed { vm } else { vm.unjailed() }
+        };
+        let said = saved(&place, machine);
+        let handler = Handler::foreign(&place, "full");
+        let again = Place::new();
+        let vm = again.to_make(granted(&place, &handler.socket, machine("")));
+        let mut second = Machine::new(vm);
+        let mut body = request(&place, &handler.socket);
+        body["resume_vm"] = json!(false);
+        second.put("/snapshot/load", body).assert_done();
+        again.create(&mut second);
+        second.kill();
+        // Both files hold the same memory, but for the page that tells the guest that it is another machine.
+        let [before, after] = [&place, &again].map(|place| std::fs::read(place.path("memory")).unwrap());
+        assert_eq!(before.len(), after.len());
+        let pages = before.chunks(4096).zip(after.chunks(4096));
+        let differ = pages.filter(|(before, after)| before != after).count();
+        // The generation's page, the clock's, and the trailer.
+        assert!(differ <= 3, "{differ} pages differ");
+        let third = again.load(again.to_read(machine("")), true);
+        third.vm.wait_for_line(&format!("probe: round {}", said + 3)).unwrap();
+        assert!(!third.vm.said().contains("FAIL"), "{}", third.vm.said());
+        third.kill();
+    }
+}
+
+/// Memory that the guest gives back is zero afterwards, and not what the handler's file has there.
+#[test]
+fn what_a_balloon_gave_back_is_zero() {
+    let place = Place::new();
+    let vm = || {
+        let balloon = json!({ "amount_mib": 8, "deflate_on_oom": true, "stats_polling_interval_s": 1,
+                              "free_page_reporting": true });
+        probe("probe.task=balloon").unjailed().set("/balloon", balloon)
+    };
+    let mut first = started(vm());
+    first.vm.wait_for_line("probe: balloon wants 2048 pages").unwrap();
+    first.vm.write(b"\n").unwrap();
+    first.vm.wait_for_line("probe: filled").unwrap();
+    Place::pause(&mut first);
+    place.create(&mut first);
+    first.kill();
+    let handler = Handler::foreign(&place, "full");
+    let mut second = load(&place, &handler, vm());
+    for line in ["inflated", "deflated", "reported", "balloon ok"] {
+        second.vm.write(b"\n").unwrap();
+        second.vm.wait_for_line(&format!("probe: {line}")).unwrap();
+    }
+    assert_eq!(second.vm.wait().unwrap().code, exit::GUEST_RESET);
+    let done = handler.running.wait().unwrap();
+    assert!(done.stdout.contains("removed"), "{done:#?}");
 }

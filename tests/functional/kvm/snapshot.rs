@@ -31,7 +31,7 @@ impl Place {
     }
 
     /// A jail that may read them: they are of another user than its own.
-    fn to_read(&self, vm: Vm) -> Vm {
+    pub(super) fn to_read(&self, vm: Vm) -> Vm {
         ["state", "memory"].iter().fold(vm, |vm, name| {
             let path = self.path(name).display().to_string();
             vm.jailer_arg("--grant-ro").jailer_arg(&path)
@@ -57,7 +57,7 @@ impl Place {
     }
 
     /// A machine that goes on from it.
-    fn load(&self, vm: Vm, resume: bool) -> Machine {
+    pub(super) fn load(&self, vm: Vm, resume: bool) -> Machine {
         self.load_from(vm, "state", "memory", json!({ "resume_vm": resume }))
     }
 
