@@ -50,13 +50,15 @@ pub enum Role {
     Unpacker,
     /// A process that unpacks an archive below one directory.
     Archive,
+    /// The `casemate` process that brings a restored machine's pages.
+    PageHandler,
     /// A program beside a VMM, in a jail of its own.
     Backend,
 }
 
 impl Role {
     /// Every role.
-    pub const ALL: [Role; 14] = [
+    pub const ALL: [Role; 15] = [
         Role::Control,
         Role::Debugged,
         Role::Device,
@@ -70,6 +72,7 @@ impl Role {
         Role::Monitor,
         Role::Unpacker,
         Role::Archive,
+        Role::PageHandler,
         Role::Backend,
     ];
     /// The roles whose threads make up a VMM. Threads share memory, so against a takeover the
@@ -99,6 +102,7 @@ impl Role {
             Role::Monitor => "monitor",
             Role::Unpacker => "unpacker",
             Role::Archive => "archive",
+            Role::PageHandler => "page-handler",
             Role::Backend => "backend",
         }
     }

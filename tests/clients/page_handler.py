@@ -2,7 +2,8 @@
 
 usage: page_handler.py SOCKET MEMORY_FILE [full|silent|refuse]
 
-It says `listening`, then `mapped` and the message that it was sent, then each range that was given back.
+It says `listening`, then `mapped` and the message that it was sent, then each range that was given back. Once there is a
+file SOCKET.stall it brings no more pages, and says `stalled` for each that somebody waits for.
 """
 
 import array
@@ -74,7 +75,9 @@ def main():
             except BlockingIOError:
                 break
             event, first, second, _ = MESSAGE.unpack(bytes_read)
-            if event == PAGEFAULT:
+            if event == PAGEFAULT and os.path.exists(path + ".stall"):
+                print("stalled", flush=True)
+            elif event == PAGEFAULT:
                 waiting.append(second)
             elif event == REMOVE:
                 print("removed", first, second, flush=True)
