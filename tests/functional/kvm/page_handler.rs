@@ -1,5 +1,6 @@
 //! Machines whose memory a process brings, page by page: ours, and one that only knows Firecracker's handshake.
 
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -8,7 +9,7 @@ use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
 use super::probe;
-use super::snapshot::{Place, drive, rounds, started};
+use super::snapshot::{Place, drive, merge, rounds, started};
 
 /// A process that brings a snapshot's memory, and its socket.
 struct Handler {
@@ -17,6 +18,13 @@ struct Handler {
 }
 
 impl Handler {
+    fn new(place: &Place, ours: bool) -> Self {
+        match ours {
+            true => Self::ours(place),
+            false => Self::foreign(place, "full"),
+        }
+    }
+
     /// `casemate snapshot serve`.
     fn ours(place: &Place) -> Self {
         let socket = place.path("ours.sock");
@@ -67,6 +75,18 @@ fn load(place: &Place, handler: &Handler, vm: Vm) -> Machine {
     machine
 }
 
+fn with_disk() -> Place {
+    let place = Place::new();
+    pattern_disk(&place.path("disk"), 8).unwrap();
+    place
+}
+
+/// A machine with that disk.
+fn rounds_on(place: &Place, jailed: bool, task: &str) -> Vm {
+    let vm = drive(probe(task), &place.path("disk"), "Sync").entropy();
+    if jailed { vm } else { vm.unjailed() }
+}
+
 /// A guest that reads its disk, draws random bytes and counts a page up, saved after five rounds; and how many it had said.
 fn saved(place: &Place, machine: impl Fn(&str) -> Vm) -> usize {
     let mut first = started(place.to_make(machine("probe.task=rounds")));
@@ -90,18 +110,10 @@ fn saved_ticks(place: &Place) {
 #[test]
 fn a_guest_goes_on_with_memory_of_another_process() {
     for (jailed, ours) in [(false, false), (true, false), (false, true), (true, true)] {
-        let place = Place::new();
-        let disk = place.path("disk");
-        pattern_disk(&disk, 8).unwrap();
-        let machine = |task: &str| {
-            let vm = drive(probe(task), &disk, "Sync").entropy();
-            if jailed { vm } else { vm.unjailed() }
-        };
+        let place = with_disk();
+        let machine = |task: &str| rounds_on(&place, jailed, task);
         let said = saved(&place, machine);
-        let handler = match ours {
-            true => Handler::ours(&place),
-            false => Handler::foreign(&place, "full"),
-        };
+        let handler = Handler::new(&place, ours);
         let second = load(
             &place,
             &handler,
@@ -130,18 +142,10 @@ fn the_end_of_the_handler_is_a_named_end() {
         (true, false, true),
         (false, true, true),
     ] {
-        let place = Place::new();
-        let disk = place.path("disk");
-        pattern_disk(&disk, 8).unwrap();
-        let machine = |task: &str| {
-            let vm = drive(probe(task), &disk, "Sync").entropy();
-            if jailed { vm } else { vm.unjailed() }
-        };
+        let place = with_disk();
+        let machine = |task: &str| rounds_on(&place, jailed, task);
         saved(&place, machine);
-        let handler = match ours {
-            true => Handler::ours(&place),
-            false => Handler::foreign(&place, "full"),
-        };
+        let handler = Handler::new(&place, ours);
         let mut second = load(
             &place,
             &handler,
@@ -250,13 +254,8 @@ fn a_jail_says_what_to_grant() {
 #[test]
 fn what_a_handler_brought_can_be_saved_again() {
     for jailed in [false, true] {
-        let place = Place::new();
-        let disk = place.path("disk");
-        pattern_disk(&disk, 8).unwrap();
-        let machine = |task: &str| {
-            let vm = drive(probe(task), &disk, "Sync").entropy();
-            if jailed { vm } else { vm.unjailed() }
-        };
+        let place = with_disk();
+        let machine = |task: &str| rounds_on(&place, jailed, task);
         let said = saved(&place, machine);
         let handler = Handler::ours(&place);
         let again = Place::new();
@@ -283,6 +282,51 @@ fn what_a_handler_brought_can_be_saved_again() {
         assert!(!third.vm.said().contains("FAIL"), "{}", third.vm.said());
         third.kill();
     }
+}
+
+/// What has changed since a handler's snapshot is saved alone, and merged with the file that the handler had.
+#[test]
+fn what_a_handler_brought_is_no_change() {
+    let place = with_disk();
+    let machine = |task: &str| rounds_on(&place, true, task);
+    saved(&place, machine);
+    let handler = Handler::ours(&place);
+    let vm = place.to_make(granted(&place, &handler.socket, machine("")));
+    let mut second = Machine::new(vm);
+    let mut body = request(&place, &handler.socket);
+    body["track_dirty_pages"] = json!(true);
+    second.put("/snapshot/load", body).assert_done();
+    second.vm.wait_for_line("probe: round 8").unwrap();
+    Place::pause(&mut second);
+    let said = second.vm.said();
+    let last = said
+        .lines()
+        .filter_map(|line| line.strip_prefix("probe: round "));
+    let next: usize = last.last().unwrap().trim().parse::<usize>().unwrap() + 1;
+    let answer = second.put(
+        "/snapshot/create",
+        json!({ "snapshot_type": "Diff", "snapshot_path": place.path("state2"), "mem_file_path": place.path("diff") }),
+    );
+    answer.assert_done();
+    second.kill();
+    let blocks = |name: &str| std::fs::metadata(place.path(name)).unwrap().blocks();
+    assert!(
+        blocks("diff") < blocks("memory"),
+        "{} blocks",
+        blocks("diff")
+    );
+    merge(&place, "memory", "diff", "memory2").unwrap();
+    let third = Place::new();
+    for (from, to) in [("state2", "state"), ("memory2", "memory")] {
+        std::fs::copy(place.path(from), third.path(to)).unwrap();
+    }
+    let third = third.load(third.to_read(machine("")), true);
+    third
+        .vm
+        .wait_for_line(&format!("probe: round {next}"))
+        .unwrap();
+    assert!(!third.vm.said().contains("FAIL"), "{}", third.vm.said());
+    third.kill();
 }
 
 /// Memory that the guest gives back is zero afterwards, and not what the handler's file has there.
@@ -312,10 +356,7 @@ fn what_a_balloon_gave_back(ours: bool) {
     Place::pause(&mut first);
     place.create(&mut first);
     first.kill();
-    let handler = match ours {
-        true => Handler::ours(&place),
-        false => Handler::foreign(&place, "full"),
-    };
+    let handler = Handler::new(&place, ours);
     let mut second = load(&place, &handler, vm());
     for line in ["inflated", "deflated", "reported", "balloon ok"] {
         second.vm.write(b"\n").unwrap();

@@ -49,7 +49,13 @@ impl Place {
             .assert_done();
     }
 
-    fn create_as(&self, machine: &mut Machine, kind: &str, state: &str, memory: &str) -> ApiAnswer {
+    pub(super) fn create_as(
+        &self,
+        machine: &mut Machine,
+        kind: &str,
+        state: &str,
+        memory: &str,
+    ) -> ApiAnswer {
         let (state, memory) = (self.path(state), self.path(memory));
         let body =
             json!({ "snapshot_type": kind, "snapshot_path": state, "mem_file_path": memory });
@@ -350,7 +356,7 @@ fn limit_files(machine: &Machine, soft: &str) {
 }
 
 /// What the VMM's program says of a merge.
-fn merge(place: &Place, base: &str, diff: &str, new: &str) -> Result<(), String> {
+pub(super) fn merge(place: &Place, base: &str, diff: &str, new: &str) -> Result<(), String> {
     let mut program = std::process::Command::new(bin("casemate-vmm"));
     program.arg("--merge-memory");
     let done = program.args([base, diff, new].map(|name| place.path(name)));
