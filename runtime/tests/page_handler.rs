@@ -10,6 +10,7 @@ use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 
 use casemate_broker::fdpass;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 const RAM: u64 = 64 * 4096;
 const ONE: &str = r#"[{"base_host_virt_addr":4096,"size":262144,"offset":0,"page_size":4096}]"#;
@@ -121,6 +122,33 @@ fn hostile_messages_end_it_in_one_line() {
         assert!(said.contains(words) && said.lines().count() == 1, "{said}");
         assert!(!said.contains('\u{1b}'));
     }
+}
+
+/// A VMM whose load was refused may describe another attempt's memory, by the same connection.
+#[test]
+fn a_vmm_may_describe_itself_again() {
+    let place = Place::new();
+    let (child, stream) = place.connected(&[]);
+    // Descriptors by which nothing is said, as by a userfaultfd whose memory nobody touches.
+    for _ in 0..3 {
+        let (reading, writing) = nix::unistd::pipe().unwrap();
+        fdpass::send(stream.as_fd(), ONE.as_bytes(), Some(reading.as_fd())).unwrap();
+        drop(reading);
+        // Then it lets go of the one before.
+        let other = ONE.replace("4096,\"size", "8192,\"size");
+        let (later, _writing) = nix::unistd::pipe().unwrap();
+        fdpass::send(stream.as_fd(), other.as_bytes(), Some(later.as_fd())).unwrap();
+        wait_until_unread(&writing);
+    }
+    drop(stream);
+    assert_eq!(end(child), (Some(0), String::new()));
+}
+
+/// Waits until nobody has the other end of this pipe.
+fn wait_until_unread(pipe: &OwnedFd) {
+    let mut watched = [PollFd::new(pipe.as_fd(), PollFlags::empty())];
+    let two_minutes = PollTimeout::try_from(120_000).unwrap();
+    assert_eq!(poll(&mut watched, two_minutes), Ok(1));
 }
 
 #[test]

@@ -87,6 +87,16 @@ fn rounds_on(place: &Place, jailed: bool, task: &str) -> Vm {
     if jailed { vm } else { vm.unjailed() }
 }
 
+/// The number after the last round that a guest has said.
+fn rounds_said(machine: &Machine) -> usize {
+    let said = machine.vm.said();
+    let mut numbers = said
+        .lines()
+        .filter_map(|line| line.strip_prefix("probe: round "));
+    let last = numbers.next_back().unwrap();
+    last.trim().parse::<usize>().unwrap() + 1
+}
+
 /// A guest that reads its disk, draws random bytes and counts a page up, saved after five rounds; and how many it had said.
 fn saved(place: &Place, machine: impl Fn(&str) -> Vm) -> usize {
     let mut first = started(place.to_make(machine("probe.task=rounds")));
@@ -210,7 +220,7 @@ fn a_handler_that_brings_nothing_is_refused() {
     answer.assert_refused("page handler");
     answer.assert_refused("No such file");
     for (how, words) in [
-        ("silent", "no page for 10 s"),
+        ("silent", "first pages within 10 s"),
         ("refuse", "has closed its socket"),
     ] {
         let handler = Handler::foreign(&place, how);
@@ -232,6 +242,27 @@ fn a_handler_that_brings_nothing_is_refused() {
     machine.put("/snapshot/load", body).assert_done();
     machine.vm.wait_for_line("probe: tick 6").unwrap();
     machine.kill();
+}
+
+/// What does not go with a handler is refused before the handler hears of it: the same VMM can then load otherwise from it.
+#[test]
+fn huge_pages_are_refused_and_the_handler_is_still_there() {
+    for jailed in [false, true] {
+        let place = Place::new();
+        saved_ticks(&place);
+        let handler = Handler::ours(&place);
+        let vm = granted(&place, &handler.socket, probe(""));
+        let mut machine = Machine::new(if jailed { vm } else { vm.unjailed() });
+        let mut body = request(&place, &handler.socket);
+        body["huge_pages"] = json!("2M");
+        let answer = machine.put("/snapshot/load", body.clone());
+        answer.assert_refused("do not go together yet");
+        body["huge_pages"] = json!("Transparent");
+        machine.put("/snapshot/load", body).assert_done();
+        machine.vm.wait_for_line("probe: tick 6").unwrap();
+        machine.kill();
+        assert_eq!(handler.running.wait().unwrap().code, 0);
+    }
 }
 
 /// What the jail was not given is named.
@@ -298,11 +329,7 @@ fn what_a_handler_brought_is_no_change() {
     second.put("/snapshot/load", body).assert_done();
     second.vm.wait_for_line("probe: round 8").unwrap();
     Place::pause(&mut second);
-    let said = second.vm.said();
-    let last = said
-        .lines()
-        .filter_map(|line| line.strip_prefix("probe: round "));
-    let next: usize = last.last().unwrap().trim().parse::<usize>().unwrap() + 1;
+    let next = rounds_said(&second);
     let answer = second.put(
         "/snapshot/create",
         json!({ "snapshot_type": "Diff", "snapshot_path": place.path("state2"), "mem_file_path": place.path("diff") }),

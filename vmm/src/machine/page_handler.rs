@@ -64,7 +64,7 @@ pub enum Error {
     #[error("the page handler has closed its socket or ended: its own output says why")]
     Gone,
     /// It does nothing.
-    #[error("the page handler has brought no page for {} s", PATIENCE.as_secs())]
+    #[error("the page handler has not brought the first pages within {} s", PATIENCE.as_secs())]
     Silent,
     /// The thread's filter.
     #[error("the thread that watches the page handler: {0}")]
