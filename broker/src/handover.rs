@@ -7,7 +7,7 @@
 //!
 //! The table lies in a memfd that is sealed against every change, and its number is the VMM's
 //! `--handover-fd N`. A descriptor's name is the very string that the machine config uses for it
-//! (`/images/root.img`, `tap0`); `kvm`, `broker` and `log` are fixed.
+//! (`/images/root.img`, `tap0`); `kvm`, `userfaultfd`, `broker` and `log` are fixed.
 
 use std::collections::BTreeMap;
 use std::os::fd::{AsFd, OwnedFd, RawFd};
@@ -36,12 +36,16 @@ pub const KVM: &str = "kvm";
 pub const BROKER: &str = "broker";
 /// Name of the broker's other socket, of the VMM's control thread.
 pub const CONTROL_BROKER: &str = "broker-control";
+/// Name of `/dev/userfaultfd`'s descriptor.
+pub const USERFAULTFD: &str = "userfaultfd";
 /// Name of the log's descriptor.
 pub const LOG: &str = "log";
 
 /// Character device numbers (Linux, Documentation/admin-guide/devices.txt).
 const KVM_DEVICE: (u64, u64) = (10, 232);
 const TUN_DEVICE: (u64, u64) = (10, 200);
+/// The major number of `/dev/userfaultfd`, whose minor one is chosen by the kernel.
+const MISC_DEVICES: u64 = 10;
 
 /// What a descriptor is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -65,6 +69,8 @@ pub enum Kind {
     Broker,
     /// Where the log goes; open for writing.
     Log,
+    /// `/dev/userfaultfd`.
+    Userfaultfd,
 }
 
 /// One line of the table.
@@ -190,6 +196,7 @@ impl Kind {
             Self::Stream => "--grant-connect",
             Self::Broker => "--grant-listen or --allow-open",
             Self::Log => "--log-fd",
+            Self::Userfaultfd => "--grant-userfaultfd",
         }
     }
 }
@@ -373,6 +380,12 @@ fn is_kind(fd: &OwnedFd, kind: Kind) -> bool {
     match kind {
         Kind::Kvm => is_device(KVM_DEVICE),
         Kind::Tap => is_device(TUN_DEVICE),
+        Kind::Userfaultfd => {
+            file_type == SFlag::S_IFCHR
+                && major(stat.st_rdev) == MISC_DEVICES
+                && !is_device(KVM_DEVICE)
+                && !is_device(TUN_DEVICE)
+        }
         Kind::FileRo => is_file && access == OFlag::O_RDONLY,
         Kind::FileRw => is_file && access == OFlag::O_RDWR,
         Kind::Append => match file_type {

@@ -37,7 +37,9 @@ What it may use (descriptors, opened now; names are those of the machine config,
   --grant-append [NAME=]PATH  a file to append to, made if it is not there, or a named pipe to write to
   --grant-tap [NAME=]IF[:N] an existing tap interface, in --netns if that is given; N queues of it, 1 to 8,
                             under NAME, NAME:1, NAME:2...
-  --grant-connect [NAME=]PATH  the Unix socket of a vhost-user back-end, connected to here
+  --grant-connect [NAME=]PATH  the Unix socket of a vhost-user back-end, or of a handler that brings a snapshot's memory,
+                            connected to here
+  --grant-userfaultfd       /dev/userfaultfd, for memory that such a handler brings
   --grant-listen [NAME=]PATH  a Unix socket, made here and owned by --uid; guests' connections
                             go to PATH_<port>. The caller removes it.
   --grant-api [NAME=]PATH   a Unix socket for the VMM's API, made and removed likewise. `--api-sock PATH` among
@@ -117,6 +119,8 @@ pub struct Arguments {
     pub limits: Limits,
     /// `--grant-…`
     pub grants: Vec<Grant>,
+    /// `--grant-userfaultfd`
+    pub userfaultfd: bool,
     /// `--allow-open`
     pub allow_open: Vec<PathBuf>,
     /// `--allow-create`
@@ -226,6 +230,7 @@ pub fn parse(arguments: impl Iterator<Item = OsString>) -> Result<Command, Argum
             fsize: None,
         },
         grants: Vec::new(),
+        userfaultfd: false,
         allow_open: Vec::new(),
         allow_create: Vec::new(),
         log_fd: None,
@@ -295,6 +300,7 @@ pub fn parse(arguments: impl Iterator<Item = OsString>) -> Result<Command, Argum
             "grant-connect" => result
                 .grants
                 .push(grant(GrantKind::Connect, parser.value()?)?),
+            "grant-userfaultfd" => result.userfaultfd = true,
             "grant-api" => result.grants.push(grant(GrantKind::Api, parser.value()?)?),
             "allow-create" => result.allow_create.push(creatable(parser.value()?)?),
             "allow-open" => result.allow_open.push(parser.value()?.into()),

@@ -206,6 +206,10 @@ impl<'a> Jail<'a> {
                 self.null = Some(grants::open_device("/dev/null")?);
                 let kvm = grants::open_device("/dev/kvm")?;
                 self.name(handover::KVM, Kind::Kvm, kvm);
+                if arguments.userfaultfd {
+                    let device = grants::open_device("/dev/userfaultfd")?;
+                    self.name(handover::USERFAULTFD, Kind::Userfaultfd, device);
+                }
                 Ok(())
             }
             Step::OpenFiles => {

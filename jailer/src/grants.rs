@@ -259,7 +259,7 @@ pub fn connect_to(path: &Path) -> Result<OwnedFd> {
 /// Opens a device node.
 ///
 /// # Errors
-/// If that is not possible; `/dev/kvm` with what to do.
+/// If that is not possible; `/dev/kvm` and `/dev/userfaultfd` with what to do.
 pub fn open_device(path: &str) -> Result<OwnedFd> {
     match open_strictly(Path::new(path), OFlag::O_RDWR) {
         Err(crate::error::Error::Call {
@@ -268,6 +268,14 @@ pub fn open_device(path: &str) -> Result<OwnedFd> {
         }) if path == "/dev/kvm" => refused(
             path,
             "this host has no KVM: load kvm_intel or kvm_amd, or see `casemate doctor`",
+        ),
+        Err(crate::error::Error::Call {
+            source: Errno::ENOENT,
+            ..
+        }) if path == "/dev/userfaultfd" => refused(
+            path,
+            "this host has none (Linux 6.1 or later, with CONFIG_USERFAULTFD): leave `--grant-userfaultfd` out, and \
+             load snapshots with `backend_type` File",
         ),
         Err(crate::error::Error::Call {
             source: Errno::EACCES | Errno::EPERM,

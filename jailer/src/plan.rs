@@ -17,7 +17,7 @@ pub enum Step {
     Scheduling,
     /// Open `--exec-file`.
     OpenExecFile,
-    /// Open `/dev/kvm` and `/dev/null`.
+    /// Open `/dev/kvm` and `/dev/null`, and `/dev/userfaultfd` if it is granted.
     OpenDevices,
     /// Open files that are granted.
     OpenFiles,

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use clap::{ArgAction, Args, Parser, Subcommand};
 
+use crate::page_handler::ServeArgs;
 use crate::units::{parse_duration, parse_memory_mib};
 
 /// Run untrusted code in jailed microVMs.
@@ -40,6 +41,9 @@ pub enum Command {
     Metrics(MetricsArgs),
     /// Show how many virtual CPUs a running microVM has, or change it
     Vcpus(VcpusArgs),
+    /// Bring machines back that were saved
+    #[command(subcommand)]
+    Snapshot(SnapshotCommand),
     /// Remove what killed runs left behind
     Gc,
     /// Register, list and remove guest kernels
@@ -48,6 +52,13 @@ pub enum Command {
     /// Carry bytes between a guest and the terminal (started by `run`)
     #[command(hide = true)]
     Monitor(MonitorArgs),
+}
+
+/// `casemate snapshot`.
+#[derive(Debug, Subcommand)]
+pub enum SnapshotCommand {
+    /// Bring a restored machine's memory from a file, page by page as the guest touches it
+    Serve(ServeArgs),
 }
 
 /// `casemate metrics`.

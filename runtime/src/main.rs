@@ -8,10 +8,12 @@ mod kernels;
 mod layer;
 mod metrics;
 mod monitor;
+mod page_handler;
 mod places;
 mod ps;
 mod rootfs;
 mod run;
+mod sandbox;
 mod say;
 mod state;
 mod units;
@@ -22,7 +24,7 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use clap::error::ErrorKind;
-use cli::{Cli, Command};
+use cli::{Cli, Command, SnapshotCommand};
 use places::Places;
 
 /// Exit code when casemate itself failed, as container tools have it.
@@ -48,6 +50,7 @@ fn main() -> ExitCode {
         Command::Doctor(args) => written(doctor::run(args.json)),
         Command::Metrics(args) => done(metrics::run(&args.file)),
         Command::Vcpus(args) => done(vcpus::run(&args.id, args.count)),
+        Command::Snapshot(SnapshotCommand::Serve(args)) => done(page_handler::run(&args)),
         Command::Gc => done(gc()),
         Command::Kernel(args) => done(kernels::cli(&args.args)),
         Command::Monitor(args) => done(monitor::main(&args)),

@@ -67,9 +67,10 @@ const READ: u64 = 2;
 const READ_WRITE: u64 = 3;
 const TUN: u64 = b'T' as u64;
 const KVM: u64 = 0xae;
+const USERFAULTFD: u64 = 0xaa;
 
 /// ioctl requests that libc has no name for: name, direction, kind, number, size of the argument
-/// (`_IOC` of ioctl(2); linux/kvm.h, linux/if_tun.h).
+/// (`_IOC` of ioctl(2); linux/kvm.h, linux/if_tun.h, linux/userfaultfd.h).
 const IOCTLS: &[(&str, u64, u64, u64, u64)] = &[
     ("KVM_CHECK_EXTENSION", NONE, KVM, 0x03, 0),
     ("KVM_CREATE_IRQCHIP", NONE, KVM, 0x60, 0),
@@ -126,4 +127,10 @@ const IOCTLS: &[(&str, u64, u64, u64, u64)] = &[
     ("TUNSETOFFLOAD", WRITE, TUN, 208, 4),
     ("TUNSETQUEUE", WRITE, TUN, 217, 4),
     ("TUNSETVNETHDRSZ", WRITE, TUN, 216, 4),
+    ("UFFDIO_API", READ_WRITE, USERFAULTFD, 0x3f, 24),
+    ("UFFDIO_COPY", READ_WRITE, USERFAULTFD, 0x03, 40),
+    ("UFFDIO_REGISTER", READ_WRITE, USERFAULTFD, 0x00, 32),
+    ("UFFDIO_UNREGISTER", READ, USERFAULTFD, 0x01, 16),
+    ("UFFDIO_ZEROPAGE", READ_WRITE, USERFAULTFD, 0x04, 32),
+    ("USERFAULTFD_IOC_NEW", NONE, USERFAULTFD, 0x00, 0),
 ];

@@ -38,6 +38,8 @@ pub enum Role {
     Gdb,
     /// The VMM's worker for prefault and snapshot.
     Helper,
+    /// The VMM's thread that waits for the end of whoever brings its memory.
+    Watcher,
     /// The jailer's process beside a VMM that opens and connects for it.
     Broker,
     /// The same beside a VMM without a jail.
@@ -48,13 +50,15 @@ pub enum Role {
     Unpacker,
     /// A process that unpacks an archive below one directory.
     Archive,
+    /// The `casemate` process that brings a restored machine's pages.
+    PageHandler,
     /// A program beside a VMM, in a jail of its own.
     Backend,
 }
 
 impl Role {
     /// Every role.
-    pub const ALL: [Role; 13] = [
+    pub const ALL: [Role; 15] = [
         Role::Control,
         Role::Debugged,
         Role::Device,
@@ -62,21 +66,24 @@ impl Role {
         Role::Console,
         Role::Gdb,
         Role::Helper,
+        Role::Watcher,
         Role::Broker,
         Role::UnjailedBroker,
         Role::Monitor,
         Role::Unpacker,
         Role::Archive,
+        Role::PageHandler,
         Role::Backend,
     ];
     /// The roles whose threads make up a VMM. Threads share memory, so against a takeover the
     /// union of these policies is what counts.
-    pub const VMM: [Role; 5] = [
+    pub const VMM: [Role; 6] = [
         Role::Control,
         Role::Device,
         Role::Vcpu,
         Role::Console,
         Role::Helper,
+        Role::Watcher,
     ];
 
     /// The name of the policy file.
@@ -89,11 +96,13 @@ impl Role {
             Role::Console => "console",
             Role::Gdb => "gdb",
             Role::Helper => "helper",
+            Role::Watcher => "watcher",
             Role::Broker => "broker",
             Role::UnjailedBroker => "unjailed-broker",
             Role::Monitor => "monitor",
             Role::Unpacker => "unpacker",
             Role::Archive => "archive",
+            Role::PageHandler => "page-handler",
             Role::Backend => "backend",
         }
     }

@@ -400,6 +400,34 @@ fn the_device_thread_alone_sends_messages_and_nobody_routes_interrupts() {
     }
 }
 
+/// A sealed VMM has its userfaultfd, and none of its requests: taking memory out of its reach would show the guest zeroes.
+#[test]
+fn only_setup_makes_userfaultfds_and_only_a_handler_brings_pages() {
+    const IOC_NEW: u64 = 0xaa00;
+    const API: u64 = 0xc018_aa3f;
+    const REGISTER: u64 = 0xc020_aa00;
+    const UNREGISTER: u64 = 0x8010_aa01;
+    const COPY: u64 = 0xc028_aa03;
+    const ZEROPAGE: u64 = 0xc020_aa04;
+    for request in [IOC_NEW, API, REGISTER, UNREGISTER, COPY, ZEROPAGE] {
+        let brings = [COPY, ZEROPAGE].contains(&request);
+        let allowed = |role, stage| allows(role, stage, "ioctl", &[9, request]);
+        assert_eq!(
+            allowed(Role::Control, Stage::Setup),
+            !brings,
+            "{request:#x}"
+        );
+        assert_eq!(
+            allowed(Role::PageHandler, Stage::Sealed),
+            brings,
+            "{request:#x}"
+        );
+        for role in Role::VMM {
+            assert!(!allowed(role, Stage::Sealed), "{role:?} {request:#x}");
+        }
+    }
+}
+
 #[test]
 fn setup_may_take_the_performance_counters_away() {
     const KVM_ENABLE_CAP: [u64; 2] = [9, 0x4068_aea3];

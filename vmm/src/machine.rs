@@ -21,6 +21,7 @@ use crate::gdb;
 use crate::kvm::cpuid::{MachineCpuid, Topology};
 use crate::kvm::{self, StateReader, Vcpu, Vm};
 use crate::lockdown::{self, Role, Stage};
+use crate::memory::touched::Untouched;
 use crate::memory::{self, GuestMemory, layout};
 use crate::metrics::Source;
 use crate::resources::{DriveBackend, Resources, VsockSockets};
@@ -45,6 +46,7 @@ mod guest_memory;
 pub mod hotplug;
 pub mod moving;
 mod network;
+mod page_handler;
 mod panel;
 pub mod placement;
 mod plug;
@@ -67,6 +69,7 @@ use error::host;
 use hotplug::Hotplug;
 use moving::Way;
 use network::Metadata;
+use page_handler::PageHandler;
 pub use panel::Panel;
 use panel::panel;
 pub use restoring::{Restore, SavedMemory};
@@ -92,6 +95,8 @@ pub struct Machine {
     windows: Vec<Arc<MmioTransport>>,
     reader: Option<StateReader>,
     memory: GuestMemory,
+    /// Who brings the memory, if it comes page by page.
+    page_handler: Option<PageHandler>,
     /// How the devices go on from a saved machine's; none for a new machine.
     restored: Option<Vec<Restored>>,
     /// Whether it is another one's, come here.
@@ -123,6 +128,21 @@ pub fn build(
     config: &Config,
     resources: Resources,
     options: Options,
+    restore: Option<Restore>,
+) -> Result<Machine, Error> {
+    let lost = restore.as_ref().and_then(Restore::lost);
+    let built = assemble(config, resources, options, restore);
+    // Without its memory whatever else is wrong follows from that.
+    match lost.as_ref().and_then(|lost| lost.get()) {
+        Some(lost) => Err(lost.clone().into()),
+        None => built,
+    }
+}
+
+fn assemble(
+    config: &Config,
+    resources: Resources,
+    options: Options,
     mut restore: Option<Restore>,
 ) -> Result<Machine, Error> {
     let Resources {
@@ -150,9 +170,9 @@ pub fn build(
     template.warn();
     let cpuid = cpuid(config, &vm, &template, &supported)?;
     let memory = memory_options(config, free_huge_pages);
-    let memory = match &restore {
+    let (memory, page_handler) = match &mut restore {
         Some(restore) => restore.memory(memory)?,
-        None => guest_memory::allocate(config, memory)?,
+        None => (guest_memory::allocate(config, memory)?, None),
     };
     placement::bind_memory(&memory, &config.machine_config)?;
     let address_bits = cpuid.physical_address_bits();
@@ -247,6 +267,10 @@ pub fn build(
         }
         None => None,
     };
+    // Last: nobody touches the memory between this and the start of the threads that do.
+    if let Some(handler) = &page_handler {
+        handler.settle(&panel.ends)?;
+    }
     Ok(Machine {
         vm,
         vcpus,
@@ -262,6 +286,7 @@ pub fn build(
         windows,
         reader,
         memory,
+        page_handler,
         restored,
         is_moved,
         base,
@@ -477,7 +502,12 @@ impl Machine {
         let memory = self.memory;
         let saver = self.reader.map(|reader| {
             let seal = seal(Role::Helper, &sealed);
-            let saver = Saver::start(reader, memory.clone(), self.base, seal);
+            // What a handler would bring looks as if there were nothing.
+            let untouched = match &self.page_handler {
+                Some(_) => Untouched::Elsewhere,
+                None => Untouched::Mapped,
+            };
+            let saver = Saver::start(reader, memory.clone(), untouched, self.base, seal);
             saver.map_err(host("start the thread that saves the machine"))
         });
         let saver = saver.transpose()?;
@@ -503,6 +533,7 @@ impl Machine {
             way,
             memory,
             working_set: self.working_set,
+            _page_handler: self.page_handler,
             vm: self.vm,
         };
         if is_restored {

@@ -25,11 +25,13 @@ mod append;
 mod direct;
 mod drive;
 mod listener;
+mod page_handler;
 mod served;
 mod tap;
 
 use direct::{fork_broker, open_device, open_file, open_listener, open_taps};
 pub use drive::{CardBackend, DriveBackend};
+pub use page_handler::PageHandlerParts;
 pub use served::Served;
 
 /// How long the broker may take for an answer during setup.

@@ -187,6 +187,8 @@ fn a_descriptor_must_be_what_its_kind_says() {
         (network.into_raw_fd(), Kind::Stream),
         (open("/etc/passwd", OFlag::O_RDONLY), Kind::Stream),
         (stream.into_raw_fd(), Kind::Broker),
+        (open("/dev/null", OFlag::O_RDWR), Kind::Userfaultfd),
+        (open("/etc/passwd", OFlag::O_RDWR), Kind::Userfaultfd),
     ];
     for (number, kind) in cases {
         let memfd = Handover::write_memfd(&table(vec![entry("x", number, kind)])).unwrap();

@@ -54,8 +54,9 @@ pub enum GrantKind {
 }
 
 /// Names that the hand-over uses itself.
-const RESERVED: [&str; 4] = [
+const RESERVED: [&str; 5] = [
     handover::KVM,
+    handover::USERFAULTFD,
     handover::BROKER,
     handover::CONTROL_BROKER,
     handover::LOG,
@@ -80,7 +81,7 @@ fn wrong_name(name: &str, path: &str, text: &str) -> Option<&'static str> {
     } else if protocol::check_name(name).is_err() {
         Some("the name is empty or contains `..`: give another one with NAME=PATH")
     } else if RESERVED.contains(&name) {
-        Some("kvm, broker, broker-control and log are the jailer's own names")
+        Some("kvm, userfaultfd, broker, broker-control and log are the jailer's own names")
     } else {
         None
     }

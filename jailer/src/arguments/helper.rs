@@ -61,7 +61,7 @@ const CAPABILITIES: [Capability; 12] = [
 ];
 
 /// What only a VMM has.
-const VMMS: [&str; 11] = [
+const VMMS: [&str; 12] = [
     "chroot-base-dir",
     "netns",
     "new-pid-ns",
@@ -71,6 +71,7 @@ const VMMS: [&str; 11] = [
     "grant-tap",
     "grant-connect",
     "grant-listen",
+    "grant-userfaultfd",
     "allow-open",
     "allow-create",
 ];

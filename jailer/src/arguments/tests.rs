@@ -49,6 +49,12 @@ fn grants_have_names() {
 }
 
 #[test]
+fn no_machine_can_make_userfaultfds_unless_that_is_asked_for() {
+    assert!(!good("").userfaultfd);
+    assert!(good("--grant-userfaultfd --grant-connect /s").userfaultfd);
+}
+
+#[test]
 fn refuses_with_the_options_name() {
     for (more, word) in [
         ("--uid 0", "uid"),
@@ -67,6 +73,7 @@ fn refuses_with_the_options_name() {
         ("--resource-limit core=1", "resource-limit"),
         ("--resource-limit no-file=many", "resource-limit"),
         ("--grant-ro kvm=/a", "grant-ro"),
+        ("--grant-ro userfaultfd=/a", "grant-ro"),
         ("--grant-ro ../a", "grant-ro"),
         ("--grant-ro a=", "grant-ro"),
         ("--grant-tap averyveryverylongname", "grant-tap"),
@@ -130,6 +137,7 @@ fn a_helpers_options_are_its_own() {
         "--grant-api /a",
         "--allow-open /a",
         "--allow-create /a",
+        "--grant-userfaultfd",
         "--new-pid-ns",
         "--netns /n",
     ] {

@@ -162,31 +162,27 @@ pub fn cgroup(root: &Root, findings: &mut Vec<Finding>) -> CgroupFacts {
     }
 }
 
-/// userfaultfd, for restoring machines page by page.
+/// userfaultfd, for restoring machines page by page: whether this user can make one for KVM's faults, too.
 pub fn userfaultfd(root: &Root, findings: &mut Vec<Finding>) -> bool {
-    let device = root.exists("/dev/userfaultfd");
+    const FILES_ONLY: &str =
+        "Snapshots are restored from files alone (`backend_type` File), not by a page handler.";
+    let device = "/dev/userfaultfd";
+    let mut open = std::fs::OpenOptions::new();
+    let usable = open.read(true).write(true).open(root.path(device)).is_ok();
     let call = root.exists("/proc/sys/vm/unprivileged_userfaultfd");
-    findings.push(match (device, call) {
-        (true, _) => Finding::new(
+    let less = |found: &str| Finding::new("userfaultfd", Level::Note, found, FILES_ONLY);
+    findings.push(match (usable, root.exists(device), call) {
+        (true, ..) => Finding::new(
             "userfaultfd",
             Level::Good,
-            "/dev/userfaultfd",
-            "A machine can be restored page by page, without privileges in the VMM.",
+            device,
+            "A restored machine's memory can come page by page from a page handler (`backend_type` Uffd).",
         ),
-        (false, true) => Finding::new(
-            "userfaultfd",
-            Level::Note,
-            "system call only",
-            "Restoring page by page would need a privileged VMM.",
-        )
-        .mend("Linux 6.1 or later has /dev/userfaultfd"),
-        (false, false) => Finding::new(
-            "userfaultfd",
-            Level::Note,
-            "absent",
-            "No restoring page by page.",
-        )
-        .mend("a kernel with CONFIG_USERFAULTFD"),
+        (false, true, _) => less("/dev/userfaultfd is not this user's to open")
+            .mend("run as root, or let a group open it (a udev rule)"),
+        (false, false, true) => less("the system call, and no /dev/userfaultfd")
+            .mend("Linux 6.1 or later has /dev/userfaultfd"),
+        (false, false, false) => less("absent").mend("a kernel with CONFIG_USERFAULTFD"),
     });
-    device || call
+    usable
 }

@@ -5,7 +5,6 @@
 //! guest it gives up everything else ([`sandbox`]).
 
 mod console;
-mod sandbox;
 mod session;
 mod sink;
 pub mod wire;
@@ -16,13 +15,18 @@ use std::os::unix::net::UnixListener;
 
 use casemate_broker::fdpass;
 use casemate_init::protocol;
+use casemate_seccomp_filters::Role;
 use nix::errno::Errno;
 use nix::sys::socket::{MsgFlags, recv};
 use nix::sys::termios::{SetArg, Termios, tcgetattr, tcsetattr};
 
 use crate::cli::MonitorArgs;
+use crate::sandbox::{self, Walls};
 use session::{End, Session};
 use wire::{Event, Setup};
+
+/// Address space of the monitor, in bytes: many times what it needs.
+const MAX_MEMORY: u64 = 256 << 20;
 
 /// Why the monitor could not start or go on.
 #[derive(Debug, thiserror::Error)]
@@ -37,7 +41,7 @@ pub enum Error {
     #[error("monitor: bad set-up: {0}")]
     Setup(#[from] serde_json::Error),
     /// A wall could not be built.
-    #[error(transparent)]
+    #[error("monitor: {0}")]
     Sandbox(#[from] sandbox::Error),
     /// The command does not fit into the protocol.
     #[error("{0}")]
@@ -83,7 +87,12 @@ pub fn main(args: &MonitorArgs) -> Result<(), Error> {
     // `run` changes and restores the terminal; should it be killed, this process restores it.
     let terminal = tcgetattr(std::io::stdin()).ok();
     let session = Session::new(streams, &setup)?;
-    sandbox::enter(setup.uid, setup.allow_missing_landlock)?;
+    sandbox::enter(&Walls {
+        uid: setup.uid,
+        role: Role::Monitor,
+        memory: MAX_MEMORY,
+        allow_missing_landlock: setup.allow_missing_landlock,
+    })?;
     let control = session.control();
     wire::report(control, Event::Sealed);
     if session.run()? == End::Orphaned {

@@ -12,6 +12,7 @@ use std::path::{Path, PathBuf};
 
 use super::{Error, io_error, process};
 use crate::kernels::UNPACKER_ID;
+use crate::page_handler::PAGE_HANDLER_ID;
 use crate::places::Places;
 
 const LAST: &str = "last";
@@ -52,7 +53,7 @@ impl UidRange {
         // Below 1000 are the system's own; -1 and -2 have meanings in system calls.
         let usable = range.first >= 1000 && range.last <= u32::MAX - 2 && range.first <= range.last;
         let has = |uid| (range.first..=range.last).contains(&uid);
-        (usable && !has(NOBODY) && !has(UNPACKER_ID)).then_some(range)
+        (usable && ![NOBODY, UNPACKER_ID, PAGE_HANDLER_ID].into_iter().any(has)).then_some(range)
     }
 
     fn from(self, start: u32) -> impl Iterator<Item = u32> {

@@ -20,6 +20,7 @@ mod mem;
 mod migration;
 mod net;
 mod numa;
+mod page_handler;
 mod pci;
 mod pmem;
 mod runtime;

@@ -10,46 +10,52 @@ use serde_json::{Value, json};
 use super::probe;
 
 /// A test's directory, which a jailed broker may make files in, and the snapshot's two files there.
-struct Place(tempfile::TempDir);
+pub(super) struct Place(tempfile::TempDir);
 
 impl Place {
-    fn new() -> Self {
+    pub(super) fn new() -> Self {
         let dir = tempfile::tempdir().unwrap();
         let open = std::os::unix::fs::PermissionsExt::from_mode(0o777);
         std::fs::set_permissions(dir.path(), open).unwrap();
         Self(dir)
     }
 
-    fn path(&self, name: &str) -> PathBuf {
+    pub(super) fn path(&self, name: &str) -> PathBuf {
         self.0.path().join(name)
     }
 
     /// A jail that may make them.
-    fn to_make(&self, vm: Vm) -> Vm {
+    pub(super) fn to_make(&self, vm: Vm) -> Vm {
         let dir = format!("{}/", self.0.path().display());
         vm.jailer_arg("--allow-create").jailer_arg(&dir)
     }
 
     /// A jail that may read them: they are of another user than its own.
-    fn to_read(&self, vm: Vm) -> Vm {
+    pub(super) fn to_read(&self, vm: Vm) -> Vm {
         ["state", "memory"].iter().fold(vm, |vm, name| {
             let path = self.path(name).display().to_string();
             vm.jailer_arg("--grant-ro").jailer_arg(&path)
         })
     }
 
-    fn pause(machine: &mut Machine) {
+    pub(super) fn pause(machine: &mut Machine) {
         machine
             .patch("/vm", json!({ "state": "Paused" }))
             .assert_done();
     }
 
-    fn create(&self, machine: &mut Machine) {
+    pub(super) fn create(&self, machine: &mut Machine) {
         self.create_as(machine, "Full", "state", "memory")
             .assert_done();
     }
 
-    fn create_as(&self, machine: &mut Machine, kind: &str, state: &str, memory: &str) -> ApiAnswer {
+    pub(super) fn create_as(
+        &self,
+        machine: &mut Machine,
+        kind: &str,
+        state: &str,
+        memory: &str,
+    ) -> ApiAnswer {
         let (state, memory) = (self.path(state), self.path(memory));
         let body =
             json!({ "snapshot_type": kind, "snapshot_path": state, "mem_file_path": memory });
@@ -57,7 +63,7 @@ impl Place {
     }
 
     /// A machine that goes on from it.
-    fn load(&self, vm: Vm, resume: bool) -> Machine {
+    pub(super) fn load(&self, vm: Vm, resume: bool) -> Machine {
         self.load_from(vm, "state", "memory", json!({ "resume_vm": resume }))
     }
 
@@ -70,7 +76,7 @@ impl Place {
     }
 }
 
-fn drive(vm: Vm, disk: &Path, engine: &str) -> Vm {
+pub(super) fn drive(vm: Vm, disk: &Path, engine: &str) -> Vm {
     vm.drive("disk", disk, true)
         .set("/drives/0/io_engine", json!(engine))
 }
@@ -83,7 +89,7 @@ fn described(vm: Vm) -> Machine {
     if let Some(drive) = config.pointer("/drives/0") {
         machine.put("/drives/disk", drive.clone()).assert_done();
     }
-    for name in ["entropy", "vsock"] {
+    for name in ["balloon", "entropy", "vsock"] {
         if let Some(device) = config.get(name) {
             machine
                 .put(&format!("/{name}"), device.clone())
@@ -93,14 +99,14 @@ fn described(vm: Vm) -> Machine {
     machine
 }
 
-fn started(vm: Vm) -> Machine {
+pub(super) fn started(vm: Vm) -> Machine {
     let mut machine = described(vm);
     machine.start();
     machine
 }
 
 /// How many rounds a guest has said so far.
-fn rounds(machine: &Machine) -> usize {
+pub(super) fn rounds(machine: &Machine) -> usize {
     let said = machine.vm.said();
     said.lines()
         .filter(|line| line.contains("probe: round"))
@@ -350,7 +356,7 @@ fn limit_files(machine: &Machine, soft: &str) {
 }
 
 /// What the VMM's program says of a merge.
-fn merge(place: &Place, base: &str, diff: &str, new: &str) -> Result<(), String> {
+pub(super) fn merge(place: &Place, base: &str, diff: &str, new: &str) -> Result<(), String> {
     let mut program = std::process::Command::new(bin("casemate-vmm"));
     program.arg("--merge-memory");
     let done = program.args([base, diff, new].map(|name| place.path(name)));
@@ -391,11 +397,6 @@ fn what_is_no_snapshot_is_refused() {
         (good.clone(), &file(place.path("short")), "memory"),
         (good.clone(), &file(place.path("state")), "memory"),
         (good.clone(), &file(other.path("memory")), "snapshot"),
-        (
-            good.clone(),
-            &json!({ "backend_type": "Uffd", "backend_path": "/x" }),
-            "not supported yet",
-        ),
     ] {
         let body = json!({ "snapshot_path": state, "mem_backend": memory });
         let answer = machine.put("/snapshot/load", body);

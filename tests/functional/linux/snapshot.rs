@@ -1,8 +1,9 @@
 //! A Linux guest goes on from a snapshot: its processors, clocks and drivers.
 
 use std::path::Path;
+use std::process::Command;
 
-use casemate_tests::{Running, Vm};
+use casemate_tests::{Running, Vm, bin};
 use serde_json::json;
 
 use crate::guest::{Guest, linux};
@@ -41,7 +42,14 @@ fn machine(dir: &Path, pci: bool) -> Vm {
     .vsock()
 }
 
-fn goes_on(pci: bool) {
+/// Where its memory comes from.
+#[derive(Clone, Copy, PartialEq)]
+enum Memory {
+    File,
+    PageHandler,
+}
+
+fn goes_on(pci: bool, from: Memory) {
     let dir = tempfile::tempdir().unwrap();
     let open = std::os::unix::fs::PermissionsExt::from_mode(0o777);
     std::fs::set_permissions(dir.path(), open).unwrap();
@@ -66,13 +74,27 @@ fn goes_on(pci: bool) {
         .count();
     first.kill();
     let vm = machine(dir.path(), false).api();
-    let vm = [&state, &memory].iter().fold(vm, |vm, path| {
-        vm.jailer_arg("--grant-ro")
-            .jailer_arg(path.to_str().unwrap())
+    let socket = dir.path().join("pages");
+    let handler = (from == Memory::PageHandler).then(|| {
+        let mut command = Command::new(bin("casemate"));
+        command.args(["snapshot", "serve", "--socket"]);
+        command.arg(&socket).arg(&memory);
+        let running = Running::start(command, None).unwrap();
+        running.wait_for_line("listening on").unwrap();
+        running
     });
+    let (kind, path, grant) = match from {
+        Memory::File => ("File", memory, "--grant-ro"),
+        Memory::PageHandler => ("Uffd", socket, "--grant-connect"),
+    };
+    let vm = vm.jailer_arg("--grant-userfaultfd");
+    let vm = vm
+        .jailer_arg("--grant-ro")
+        .jailer_arg(state.to_str().unwrap());
+    let vm = vm.jailer_arg(grant).jailer_arg(path.to_str().unwrap());
     let running = Running::start(vm.command().unwrap(), None).unwrap();
     let mut second = Guest::new(running, vm);
-    let memory = json!({ "backend_type": "File", "backend_path": memory });
+    let memory = json!({ "backend_type": kind, "backend_path": path });
     let sockets = json!({ "uds_path": second.files.vsock_path() });
     let body = json!({ "snapshot_path": state, "mem_backend": memory, "vsock_override": sockets, "resume_vm": true });
     second.ask("PUT", "/snapshot/load", &body).assert_done();
@@ -91,14 +113,22 @@ fn goes_on(pci: bool) {
         assert!(!said.contains(trouble), "{said}");
     }
     second.kill();
+    if let Some(handler) = handler {
+        assert_eq!(handler.wait().unwrap().code, 0);
+    }
 }
 
 #[test]
 fn a_guest_goes_on_from_a_snapshot_on_mmio() {
-    goes_on(false);
+    goes_on(false, Memory::File);
 }
 
 #[test]
 fn a_guest_goes_on_from_a_snapshot_on_pci() {
-    goes_on(true);
+    goes_on(true, Memory::File);
+}
+
+#[test]
+fn a_guest_goes_on_with_memory_of_a_page_handler() {
+    goes_on(false, Memory::PageHandler);
 }

@@ -4,7 +4,7 @@ use std::io;
 
 use thiserror::Error;
 
-use super::{placement, restoring};
+use super::{page_handler, placement, restoring};
 use crate::devices::{clock, generation};
 use crate::virtio::transport::mmio;
 use crate::virtio::worker::RestoreFailed;
@@ -78,6 +78,9 @@ pub enum Error {
     /// It cannot go on from that snapshot.
     #[error(transparent)]
     Restore(#[from] restoring::Error),
+    /// Its memory does not come.
+    #[error(transparent)]
+    PageHandler(#[from] page_handler::Error),
     /// A device cannot.
     #[error("the snapshot's devices: {0}")]
     RestoreDevice(#[from] RestoreFailed),

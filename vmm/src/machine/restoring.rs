@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::fs::File;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use kvm_bindings::CpuId;
 use thiserror::Error;
@@ -12,6 +12,7 @@ use super::Panel;
 use super::attached;
 use super::devices::DeviceName;
 use super::hotplug::Hotplug;
+use super::page_handler::{self, PageHandler};
 use super::state::{DeviceState, MachineState, Saved};
 use crate::devices::SerialPort;
 use crate::devices::serial::{SavedSerial, SerialOptions};
@@ -19,6 +20,7 @@ use crate::kvm::cpuid::MachineCpuid;
 use crate::kvm::{self, Vcpu, Vm};
 use crate::memory::cut_off::MappedFile;
 use crate::memory::{self, GuestMemory};
+use crate::resources::PageHandlerParts;
 use crate::snapshot::memory as memory_file;
 use crate::snapshot::working_set::Run;
 use crate::virtio::transport::mmio::MmioTransport;
@@ -41,6 +43,13 @@ pub struct Restore {
 pub enum SavedMemory {
     /// In this file.
     File(Arc<File>),
+    /// With a process that brings it. The parts are taken when the memory is made.
+    Handler {
+        /// How to ask it.
+        parts: Option<PageHandlerParts>,
+        /// What has become of it before the machine was complete.
+        lost: Arc<OnceLock<page_handler::Error>>,
+    },
     /// It has come already, from the machine itself.
     Here(GuestMemory),
 }
@@ -86,22 +95,31 @@ impl Restore {
         &self.saved.machine
     }
 
-    /// The memory.
-    pub(super) fn memory(&self, options: memory::Options) -> Result<GuestMemory, Error> {
-        let regions = &self.machine().memory;
+    /// The memory, and who brings it, if it is not there.
+    pub(super) fn memory(
+        &mut self,
+        options: memory::Options,
+    ) -> Result<(GuestMemory, Option<PageHandler>), super::Error> {
+        let regions = &self.saved.machine.memory;
         // Where else than a new machine of this size has it, it might lie over devices.
         if *regions != memory::ram_regions(self.machine().config.memory_size()) {
-            return Err(Error::Nonsense("pieces of memory"));
+            return Err(Error::Nonsense("pieces of memory").into());
         }
-        match &self.memory {
+        match &mut self.memory {
             SavedMemory::File(file) => {
-                memory_file::check(file, self.saved.id, regions)?;
-                Ok(memory_file::map(file, regions, options)?)
+                memory_file::check(file, self.saved.id, regions).map_err(Error::Memory)?;
+                let memory = memory_file::map(file, regions, options);
+                Ok((memory.map_err(Error::Memory)?, None))
+            }
+            SavedMemory::Handler { parts, lost } => {
+                let parts = parts.take().ok_or(page_handler::Error::Gone)?;
+                let made = PageHandler::allocate(parts, lost, regions, options);
+                made.map(|(memory, handler)| (memory, Some(handler)))
             }
             SavedMemory::Here(memory) if memory_file::regions(memory) == *regions => {
-                Ok(memory.clone())
+                Ok((memory.clone(), None))
             }
-            SavedMemory::Here(_) => Err(Error::Nonsense("pieces of memory")),
+            SavedMemory::Here(_) => Err(Error::Nonsense("pieces of memory").into()),
         }
     }
 
@@ -110,11 +128,19 @@ impl Restore {
         matches!(self.memory, SavedMemory::Here(_))
     }
 
+    /// Where it is said that the memory does not come, if it comes from another process.
+    pub(super) fn lost(&self) -> Option<Arc<OnceLock<page_handler::Error>>> {
+        match &self.memory {
+            SavedMemory::File(_) | SavedMemory::Here(_) => None,
+            SavedMemory::Handler { lost, .. } => Some(Arc::clone(lost)),
+        }
+    }
+
     /// Its memory's file, if it is mapped, which is to stay as it is from now on.
     pub(super) fn watch(&self) -> Result<Option<MappedFile>, Error> {
         match &self.memory {
             SavedMemory::File(file) => MappedFile::watch(file).map(Some).map_err(Error::Watch),
-            SavedMemory::Here(_) => Ok(None),
+            SavedMemory::Handler { .. } | SavedMemory::Here(_) => Ok(None),
         }
     }
 

@@ -9,6 +9,7 @@ use super::devices::Devices;
 use super::hotplug::Hotplug;
 use super::moving::Way;
 use super::network::Metadata;
+use super::page_handler::PageHandler;
 use super::panel::Panel;
 use super::saving::Saver;
 use super::vcpus::{self, Vcpus};
@@ -42,6 +43,8 @@ pub struct RunningMachine {
     pub(super) memory: GuestMemory,
     /// Pages to bring once the guest runs.
     pub(super) working_set: Option<Vec<Run>>,
+    /// Who brings the memory, if it comes page by page.
+    pub(super) _page_handler: Option<PageHandler>,
     /// The memslots stay valid as long as this does.
     pub(super) vm: Vm,
 }

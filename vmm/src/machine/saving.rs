@@ -141,6 +141,7 @@ impl Saver {
     pub(super) fn start(
         reader: StateReader,
         memory: GuestMemory,
+        untouched: Untouched,
         base: Option<SnapshotId>,
         seal: impl FnOnce() -> Result<(), ()> + Send + 'static,
     ) -> io::Result<Self> {
@@ -151,6 +152,7 @@ impl Saver {
             changes: Changes::since(base, &memory),
             reader,
             memory,
+            untouched,
             loaded: base,
         };
         let run = move || {
@@ -191,6 +193,7 @@ impl Saver {
 struct Keeper {
     reader: StateReader,
     memory: GuestMemory,
+    untouched: Untouched,
     changes: Changes,
     /// The snapshot that the machine goes on from.
     loaded: Option<SnapshotId>,
@@ -257,6 +260,7 @@ impl Keeper {
         let Self {
             reader,
             memory,
+            untouched,
             changes,
             ..
         } = self;
@@ -265,7 +269,7 @@ impl Keeper {
         let sent = Sending {
             reader,
             memory,
-            untouched: Untouched::Mapped,
+            untouched: *untouched,
             way: &way,
             wire: Wire::new(socket, Arc::clone(&way)),
             limits,
@@ -297,6 +301,7 @@ impl Keeper {
         let Self {
             reader,
             memory,
+            untouched,
             changes,
             ..
         } = self;
@@ -312,10 +317,10 @@ impl Keeper {
         changes.take(reader, memory)?;
         let written = match (kind, changes.base()) {
             (Kind::Differences, Some(base)) => {
-                let (untouched, pages) = (Untouched::Mapped, changes.pages());
-                writer::write_diff(memory, untouched, &files.memory, id, base, pages)?
+                let pages = changes.pages();
+                writer::write_diff(memory, *untouched, &files.memory, id, base, pages)?
             }
-            _ => writer::write(memory, Untouched::Mapped, &files.memory, id)?,
+            _ => writer::write(memory, *untouched, &files.memory, id)?,
         };
         let failed = |action, file| {
             move |source| Error::Write {

@@ -14,6 +14,7 @@ pub mod release;
 mod shared;
 pub mod touched;
 pub mod used;
+pub mod userfault;
 
 use std::fs::File;
 use std::sync::Arc;

@@ -51,11 +51,19 @@ impl Source {
 
     /// Connected to a vhost-user back-end.
     pub(super) fn back_end(&mut self, name: &str) -> Result<UnixStream, Error> {
-        let what = "vhost-user back-end";
+        self.connection("vhost-user back-end", name)
+    }
+
+    /// Connected to another process, for what `what` says.
+    pub(super) fn connection(
+        &mut self,
+        what: &'static str,
+        name: &str,
+    ) -> Result<UnixStream, Error> {
         match self {
             Self::Direct => UnixStream::connect(name).map_err(|source| open(what, name, source)),
             Self::Jailed(jail) => jail.take(what, name, Kind::Stream).map(UnixStream::from),
-            Self::Served(served) => served.back_end(what, name),
+            Self::Served(served) => served.connection(what, name),
         }
     }
 

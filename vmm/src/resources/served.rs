@@ -6,7 +6,7 @@
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::{Arc, Mutex};
 
@@ -18,7 +18,7 @@ use casemate_broker::{
 
 use super::{
     BROKER_PATIENCE, Error, Source, VsockSockets, append, listener, open, open_device, open_file,
-    open_listener, open_taps, queue_names, shared, tap,
+    open_listener, open_taps, page_handler, queue_names, shared, tap,
 };
 use crate::lockdown::{self, Role, Stage};
 use crate::virtio::net;
@@ -149,6 +149,27 @@ impl Served {
         .map(File::from)
     }
 
+    /// Gives up what was kept for another start, if it is of no use any more and there can be another one.
+    pub(super) fn forget_if(&mut self, name: &str, is_useless: fn(BorrowedFd<'_>) -> bool) {
+        if let Origin::Direct {
+            locked: false,
+            kept,
+        } = &mut self.origin
+            && kept.get(name).is_some_and(|fd| is_useless(fd.as_fd()))
+        {
+            kept.remove(name);
+        }
+    }
+
+    /// What makes userfaultfds.
+    pub(super) fn userfaultfd(&mut self) -> Result<File, Error> {
+        let (what, name) = ("userfaultfd", handover::USERFAULTFD);
+        let device = self.unique(what, name, Kind::Userfaultfd, || {
+            page_handler::open_device().map(OwnedFd::from)
+        });
+        device.map(File::from)
+    }
+
     /// The queues of a tap; see [`Source::open`].
     pub(super) fn taps(&mut self, name: &str, queues: u8) -> Result<Vec<Arc<File>>, Error> {
         let names: Vec<String> = queue_names(name, queues).collect();
@@ -211,9 +232,13 @@ impl Served {
         (0..queues).map(queue).collect()
     }
 
-    /// A connection to a vhost-user back-end. After a start that failed the back-end has been spoken to, and
-    /// may not take another one.
-    pub(super) fn back_end(&mut self, what: &'static str, name: &str) -> Result<UnixStream, Error> {
+    /// A connection to another process, such as a vhost-user back-end. After a start that failed that one has been spoken
+    /// to, and may not take another one.
+    pub(super) fn connection(
+        &mut self,
+        what: &'static str,
+        name: &str,
+    ) -> Result<UnixStream, Error> {
         let connected = self.unique(what, name, Kind::Stream, || {
             let connected = UnixStream::connect(name);
             connected
@@ -410,7 +435,7 @@ impl Served {
             } => {
                 for name in shared.drain(..) {
                     let all = [Kind::Kvm, Kind::FileRo, Kind::FileRw];
-                    let all = [&all[..], &[Kind::Stream]].concat();
+                    let all = [&all[..], &[Kind::Stream, Kind::Userfaultfd]].concat();
                     // It closes here, and what is of another kind was not shared.
                     drop(handover.take(&name, &all));
                 }

@@ -61,7 +61,7 @@ pub enum Fault {
     Hotplug(#[from] machine::hotplug::Error),
     /// A vCPU does not stop.
     #[error(
-        "vCPU {0} is busy with a console that nobody reads, and does not pause; the machine runs on"
+        "vCPU {0} is busy with a console that nobody reads, or waits for memory that nobody brings, and does not pause; the machine runs on"
     )]
     NotPaused(usize),
     /// Metrics that go nowhere.

@@ -65,9 +65,11 @@ struct MemoryBackend {
     backend_type: BackendType,
 }
 
-#[derive(Debug, Deserialize)]
+#[derive(Clone, Copy, Debug, Deserialize)]
 enum BackendType {
+    /// A memory file.
     File,
+    /// The socket of a process that brings the pages.
     Uffd,
 }
 
@@ -101,15 +103,10 @@ impl LoadSnapshot {
     }
 
     /// Where the memory is.
-    fn memory(&self) -> Result<&str, Fault> {
+    fn memory(&self) -> Result<(BackendType, &str), Fault> {
         match (&self.mem_file_path, &self.mem_backend) {
-            (Some(path), None) => Ok(path),
-            (None, Some(backend)) => match backend.backend_type {
-                BackendType::File => Ok(&backend.backend_path),
-                BackendType::Uffd => Err(Fault::NotYet(
-                    "memory from a userfaultfd handler (`backend_type` Uffd)",
-                )),
-            },
+            (Some(path), None) => Ok((BackendType::File, path)),
+            (None, Some(backend)) => Ok((backend.backend_type, &backend.backend_path)),
             _ => Err(Fault::MemoryOnce),
         }
     }
@@ -220,15 +217,25 @@ impl Desk {
         if !self.config.is_untouched() {
             return Err(Fault::Configured);
         }
-        let memory_path = load.memory()?;
+        let (backend, path) = load.memory()?;
         let file = self.source.open_file(STATE, &load.snapshot_path)?;
         let (id, sections) = format::read(&file).map_err(state::Error::from)?;
         let mut saved: Saved = state::parse(id, &sections)?;
         let mut config = saved.machine.config.clone();
         load.change(&mut config)?;
         saved.machine.config = config.clone();
-        let memory = Arc::new(self.source.open_file(MEMORY, memory_path)?);
-        let working_set = self.working_set(&load.working_set, memory_path, &saved);
+        let memory = match backend {
+            BackendType::File => SavedMemory::File(Arc::new(self.source.open_file(MEMORY, path)?)),
+            BackendType::Uffd => SavedMemory::Handler {
+                parts: Some(self.source.page_handler(path)?),
+                lost: Arc::default(),
+            },
+        };
+        // A handler knows itself what it brings first.
+        let working_set = match backend {
+            BackendType::File => self.working_set(&load.working_set, path, &saved),
+            BackendType::Uffd => None,
+        };
         let options = machine::Options {
             enable_pci: saved.machine.enable_pci,
             // Nobody boots.
@@ -237,7 +244,7 @@ impl Desk {
         };
         let restore = Restore {
             saved,
-            memory: SavedMemory::File(memory),
+            memory,
             working_set,
             by_wall_clock: load.clock_realtime,
         };

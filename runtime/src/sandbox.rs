@@ -1,4 +1,4 @@
-//! The monitor's own walls, entered before the first byte from the guest.
+//! The walls of a process of ours that reads what a guest wrote, entered before the first byte of it.
 
 use std::collections::BTreeSet;
 use std::os::fd::{AsFd, AsRawFd, RawFd};
@@ -16,17 +16,27 @@ use nix::sys::resource::{Resource, setrlimit};
 use nix::sys::signal::{SigSet, Signal};
 use nix::unistd::{Gid, Uid, setgroups, setresgid, setresuid};
 
-/// The newest Landlock that the monitor knows; older kernels give what they have.
+/// The newest Landlock that is known here; older kernels give what they have.
 const LANDLOCK: ABI = ABI::V6;
 
-/// Address space of the monitor, in bytes: many times what it needs.
-const MAX_MEMORY: u64 = 256 << 20;
+/// Which walls they are.
+#[derive(Debug)]
+pub struct Walls {
+    /// The user and group that the process changes to.
+    pub uid: u32,
+    /// What it may call.
+    pub role: Role,
+    /// Address space in bytes: many times what it needs.
+    pub memory: u64,
+    /// Go on where the host has no Landlock.
+    pub allow_missing_landlock: bool,
+}
 
 /// Which wall could not be built.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// A system call.
-    #[error("monitor: {step}: {source}")]
+    #[error("{step}: {source}")]
     Step {
         /// What was being done.
         step: &'static str,
@@ -34,10 +44,10 @@ pub enum Error {
         source: Errno,
     },
     /// Capabilities.
-    #[error("monitor: drop capabilities: {0}")]
+    #[error("drop capabilities: {0}")]
     Capabilities(#[from] caps::errors::CapsError),
     /// Landlock.
-    #[error("monitor: Landlock: {0}")]
+    #[error("Landlock: {0}")]
     Landlock(#[from] landlock::RulesetError),
     /// No Landlock at all.
     #[error(
@@ -45,7 +55,7 @@ pub enum Error {
     )]
     NoLandlock,
     /// Seccomp.
-    #[error("monitor: {0}")]
+    #[error("{0}")]
     Seccomp(#[from] casemate_seccomp_filters::Error),
 }
 
@@ -53,7 +63,7 @@ fn step(step: &'static str) -> impl FnOnce(Errno) -> Error {
     move |source| Error::Step { step, source }
 }
 
-/// Signals for a whole terminal's foreground group are for `run` to judge, not for the monitor.
+/// For the monitor: signals for a whole terminal's foreground group are for `run` to judge, not for the monitor.
 pub fn hold_signals() -> Result<(), Error> {
     let mut held = SigSet::empty();
     for signal in [
@@ -87,11 +97,11 @@ pub fn close_others(kept: &[&dyn AsFd]) {
     }
 }
 
-/// Becomes the machine's user, without capabilities, file system, or any system call but those of moving bytes.
-pub fn enter(uid: u32, allow_missing_landlock: bool) -> Result<(), Error> {
+/// Becomes that user, without capabilities, file system, or any system call but those of its role.
+pub fn enter(walls: &Walls) -> Result<(), Error> {
     // Beside its cgroup, which a host may lack: what it is made to allocate is not to be all of the host's memory.
-    setrlimit(Resource::RLIMIT_AS, MAX_MEMORY, MAX_MEMORY).map_err(step("limit memory"))?;
-    let (user, group) = (Uid::from_raw(uid), Gid::from_raw(uid));
+    setrlimit(Resource::RLIMIT_AS, walls.memory, walls.memory).map_err(step("limit memory"))?;
+    let (user, group) = (Uid::from_raw(walls.uid), Gid::from_raw(walls.uid));
     // The bounding set needs CAP_SETPCAP, so it goes first; leaving root then clears the other sets.
     caps::clear(None, CapSet::Bounding)?;
     setgroups(&[]).map_err(step("drop supplementary groups"))?;
@@ -116,11 +126,11 @@ pub fn enter(uid: u32, allow_missing_landlock: bool) -> Result<(), Error> {
         .scope(Scope::from_all(LANDLOCK))?
         .create()?
         .restrict_self()?;
-    if domain.ruleset == RulesetStatus::NotEnforced && !allow_missing_landlock {
+    if domain.ruleset == RulesetStatus::NotEnforced && !walls.allow_missing_landlock {
         return Err(Error::NoLandlock);
     }
     Ok(casemate_seccomp_filters::install(
-        Role::Monitor,
+        walls.role,
         Stage::Sealed,
     )?)
 }
