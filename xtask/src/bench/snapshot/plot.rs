@@ -31,8 +31,8 @@ const BOTTOM: f64 = 48.0;
 /// Told apart also without seeing colours: the first is darker.
 const COLOURS: [&str; 2] = ["#0b5394", "#e69138"];
 
-/// Draws `curves`: medians as lines, from the least to the greatest as bars. The sizes are on a logarithmic axis, and the times
-/// begin at nothing.
+/// Draws `curves`: medians as lines, from the least to the greatest as bars, which end where one of them would make the rest
+/// small. The sizes are on a logarithmic axis, and the times begin at nothing.
 ///
 /// # Errors
 /// Never: writing to a string does not fail.
@@ -43,7 +43,7 @@ pub fn draw(title: &str, curves: &[Curve]) -> Result<String, Error> {
         sizes().fold(f64::MAX, f64::min),
         sizes().fold(0.0, f64::max),
     );
-    let longest = points().map(|point| point.max).fold(1.0, f64::max);
+    let longest = points().map(|point| point.median).fold(1.0, f64::max) * 1.5;
     let step = grid(longest);
     let top = (longest / step).ceil() * step;
     let x = |mib: u32| {
@@ -93,7 +93,7 @@ pub fn draw(title: &str, curves: &[Curve]) -> Result<String, Error> {
         let mut line = String::new();
         for point in &curve.points {
             let (at, median) = (x(point.mib), y(point.median));
-            let (min, max) = (y(point.min), y(point.max));
+            let (min, max) = (y(point.min), y(point.max.min(top)));
             let letter = if line.is_empty() { 'M' } else { 'L' };
             write!(line, "{letter}{at:.1} {median:.1}")?;
             writeln!(
@@ -150,8 +150,8 @@ mod tests {
             points: vec![point(128, 5.0), point(512, 10.0)],
         };
         let svg = draw("t", &[curve]).unwrap();
-        // From the left to the right edge, from half the height to the top.
-        assert!(svg.contains(r#"d="M56.0 174.0L520.0 36.0""#), "{svg}");
+        // From the left to the right edge; 5 and 10 of the 16 that the axis goes to.
+        assert!(svg.contains(r#"d="M56.0 225.8L520.0 139.5""#), "{svg}");
         assert_eq!(svg.matches("<circle").count(), 2);
     }
 }
