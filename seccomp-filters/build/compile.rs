@@ -7,6 +7,7 @@ use seccompiler::{BpfProgram, SeccompAction, SeccompFilter, SeccompRule, TargetA
 
 use crate::condition::Value;
 use crate::policy::{Role, Rule};
+use crate::shrink::{JUMP, JUMP_IF_EQUAL, JUMP_IF_GREATER_OR_EQUAL, LOAD_WORD, RETURN, shrink};
 
 /// Instructions with which seccompiler's output begins: load the architecture, compare it, kill. The
 /// kill becomes a trap, so that such a call is reported like every other.
@@ -14,19 +15,20 @@ const ARCH_CHECK: usize = 3;
 /// Calls with this bit are x32's: another ABI for the same architecture value.
 const X32_BIT: u32 = 0x4000_0000;
 
-// Classic BPF (linux/bpf_common.h) with the fields that are zero left out.
-const LOAD_WORD: u16 = 0x20;
-const JUMP_IF_EQUAL: u16 = 0x15;
-const JUMP_IF_GREATER_OR_EQUAL: u16 = 0x35;
-const JUMP: u16 = 0x05;
-const RETURN: u16 = 0x06;
-
 /// One compiled filter.
 pub struct Template<'a> {
     pub role: &'a Role,
     pub stage: &'static str,
     pub rules: Vec<&'a Rule>,
-    pub program: BpfProgram,
+    /// What seccompiler made of them.
+    pub unshrunk: Program,
+    /// The same, shrunk.
+    pub program: Program,
+}
+
+/// A filter for every process.
+pub struct Program {
+    pub instructions: BpfProgram,
     /// Instructions whose constant is replaced by the process's id.
     pub tgid_at: Vec<usize>,
 }
@@ -47,19 +49,16 @@ fn template<'a>(
     stage: &'static str,
     rules: &'a [Rule],
 ) -> Result<Template<'a>, String> {
-    // Where a placeholder ended up shows when two values of it are compiled: exactly those
-    // instructions differ. Looking for one chosen value could find a real constant instead.
-    let program = compile(rules, 0)?;
-    let other = compile(rules, u32::MAX)?;
-    let tgid_at: Vec<usize> = (0..program.len())
-        .filter(|&at| program[at] != other[at])
-        .collect();
+    let [one, other] = TGIDS.map(|tgid| compile(rules, tgid));
+    let (one, other) = (one?, other?);
+    let program = Program::from_two(shrink(&one)?, &shrink(&other)?)?;
+    let unshrunk = Program::from_two(one, &other)?;
     let placeholders = rules
         .iter()
         .flat_map(|rule| &rule.conditions)
         .filter(|condition| condition.value == Value::Tgid)
         .count();
-    if program.len() != other.len() || tgid_at.len() != placeholders {
+    if unshrunk.tgid_at.len() != placeholders {
         return Err("the places of $TGID are ambiguous".into());
     }
     let mut rules: Vec<&Rule> = rules.iter().collect();
@@ -68,9 +67,38 @@ fn template<'a>(
         role,
         stage,
         rules,
+        unshrunk,
         program,
-        tgid_at,
     })
+}
+
+/// Two values for a process's id, neither of which a policy names: what is one node when shrinking must not be so for one
+/// of them alone.
+const TGIDS: [u32; 2] = [0xca5e_3a7e, 0x35a1_c581];
+
+impl Program {
+    /// Where a placeholder ended up shows when two values of it are compiled: exactly those instructions differ. Looking for
+    /// one chosen value could find a real constant instead.
+    fn from_two(one: BpfProgram, other: &[sock_filter]) -> Result<Self, String> {
+        let mut tgid_at = Vec::new();
+        for (at, (one, other)) in one.iter().zip(other).enumerate() {
+            if one.k != other.k {
+                tgid_at.push(at);
+            }
+            if (one.code, one.jt, one.jf) != (other.code, other.jt, other.jf)
+                || (one.k != other.k && [one.k, other.k] != TGIDS)
+            {
+                return Err("the places of $TGID are ambiguous".into());
+            }
+        }
+        if one.len() != other.len() {
+            return Err("the places of $TGID are ambiguous".into());
+        }
+        Ok(Self {
+            instructions: one,
+            tgid_at,
+        })
+    }
 }
 
 fn compile(rules: &[Rule], tgid: u32) -> Result<BpfProgram, String> {

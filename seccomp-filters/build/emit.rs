@@ -4,7 +4,7 @@ use std::fmt::Write;
 
 use syscalls::x86_64::Sysno;
 
-use crate::compile::Template;
+use crate::compile::{Program, Template};
 
 /// The source.
 pub fn rust(templates: &[Template]) -> Result<String, String> {
@@ -20,7 +20,6 @@ fn write(out: &mut String, templates: &[Template]) -> std::fmt::Result {
         writeln!(out, "role: Role::{},", variant(&template.role.name))?;
         writeln!(out, "stage: Stage::{},", template.stage)?;
         writeln!(out, "about: {:?},", template.role.about)?;
-        writeln!(out, "tgid_at: &{:?},", template.tgid_at)?;
         writeln!(out, "rules: &[")?;
         for rule in &template.rules {
             let conditions: Vec<&str> = rule
@@ -38,15 +37,12 @@ fn write(out: &mut String, templates: &[Template]) -> std::fmt::Result {
                 rule.reason
             )?;
         }
-        writeln!(out, "],\ninstructions: &[")?;
-        for one in &template.program {
-            writeln!(
-                out,
-                "sock_filter {{ code: {}, jt: {}, jf: {}, k: {:#x} }},",
-                one.code, one.jt, one.jf, one.k
-            )?;
-        }
-        writeln!(out, "],\n}},")?;
+        writeln!(out, "],\nprogram: ")?;
+        write_program(out, &template.program)?;
+        // Tests compare them.
+        writeln!(out, "#[cfg(test)]\nunshrunk: ")?;
+        write_program(out, &template.unshrunk)?;
+        writeln!(out, "}},")?;
     }
     writeln!(out, "];\n\nstatic SYSCALL_NAMES: &[(i64, &str)] = &[")?;
     let mut names: Vec<(i32, &str)> = Sysno::iter().map(|call| (call.id(), call.name())).collect();
@@ -55,6 +51,19 @@ fn write(out: &mut String, templates: &[Template]) -> std::fmt::Result {
         writeln!(out, "({number}, {name:?}),")?;
     }
     writeln!(out, "];")
+}
+
+fn write_program(out: &mut String, program: &Program) -> std::fmt::Result {
+    writeln!(out, "Program {{\ntgid_at: &{:?},", program.tgid_at)?;
+    writeln!(out, "instructions: &[")?;
+    for one in &program.instructions {
+        writeln!(
+            out,
+            "sock_filter {{ code: {}, jt: {}, jf: {}, k: {:#x} }},",
+            one.code, one.jt, one.jf, one.k
+        )?;
+    }
+    writeln!(out, "],\n}},")
 }
 
 /// `unjailed-broker` as the variant `UnjailedBroker`.

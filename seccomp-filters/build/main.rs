@@ -8,6 +8,7 @@ mod condition;
 mod constants;
 mod emit;
 mod policy;
+mod shrink;
 
 use std::path::Path;
 use std::process::exit;

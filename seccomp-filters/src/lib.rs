@@ -155,9 +155,29 @@ pub struct Template {
     pub about: &'static str,
     /// What it was compiled from, sorted by name.
     pub rules: &'static [Rule],
+    program: Program,
+    /// As it was before the build shrank it.
+    #[cfg(test)]
+    unshrunk: Program,
+}
+
+#[derive(Debug)]
+struct Program {
     instructions: &'static [sock_filter],
     /// Indices of the instructions whose constant is the process's id.
     tgid_at: &'static [usize],
+}
+
+impl Program {
+    fn patched(&self, patch: &Patch) -> Vec<sock_filter> {
+        let mut program = self.instructions.to_vec();
+        for &at in self.tgid_at {
+            if let Some(instruction) = program.get_mut(at) {
+                instruction.k = patch.tgid;
+            }
+        }
+        program
+    }
 }
 
 include!(concat!(env!("OUT_DIR"), "/templates.rs"));
@@ -188,14 +208,7 @@ pub fn template(role: Role, stage: Stage) -> &'static Template {
 
 /// The filter of `role` in `stage` for the process that `patch` describes.
 pub fn program(role: Role, stage: Stage, patch: &Patch) -> Vec<sock_filter> {
-    let template = template(role, stage);
-    let mut program = template.instructions.to_vec();
-    for &at in template.tgid_at {
-        if let Some(instruction) = program.get_mut(at) {
-            instruction.k = patch.tgid;
-        }
-    }
-    program
+    template(role, stage).program.patched(patch)
 }
 
 /// The calls that `role` may make in `stage`, whatever the conditions: names, sorted, each once.
@@ -224,5 +237,7 @@ pub fn syscall_name(number: i64) -> Option<&'static str> {
 
 #[cfg(test)]
 mod evaluator;
+#[cfg(test)]
+mod shrink_tests;
 #[cfg(test)]
 mod tests;

@@ -691,7 +691,7 @@ fn calls_have_names() {
 #[test]
 fn filters_fit_the_kernel() {
     for (role, stage) in every_policy() {
-        assert!(template(role, stage).instructions.len() <= 4096);
+        assert!(template(role, stage).program.instructions.len() <= 4096);
     }
 }
 

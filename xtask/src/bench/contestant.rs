@@ -10,6 +10,9 @@ use serde_json::json;
 use crate::artifacts::Artifacts;
 use crate::packages::QEMU;
 
+/// The guests' memory, where nothing else is said.
+pub const MEMORY_MIB: u32 = 128;
+
 /// What the guest is told.
 #[derive(Clone, Copy)]
 pub enum Task {
@@ -17,6 +20,8 @@ pub enum Task {
     Boot,
     /// Say a line and halt for good.
     Idle,
+    /// Never stop talking.
+    Chatter,
 }
 
 impl Task {
@@ -26,6 +31,7 @@ impl Task {
             // Firecracker has a serial port only for guests that name a console.
             Self::Boot => format!("console=ttyS0 acpi=off probe.task=boot probe.end={end}"),
             Self::Idle => "idle console=ttyS0 acpi=off".to_owned(),
+            Self::Chatter => "console=ttyS0 acpi=off probe.task=chatter".to_owned(),
         }
     }
 
@@ -34,16 +40,17 @@ impl Task {
         match self {
             Self::Boot => "probe: boot ok",
             Self::Idle => "probe: idle",
+            Self::Chatter => "probe: chatter",
         }
     }
 }
 
 /// An uid that no account has: the one of jailed machines here.
-const UID: &str = "950999";
+pub const UID: &str = "950999";
 
 /// Firecracker logs to the standard output that is also its guest's console, and loses some of that
 /// then.
-const QUIET: [&str; 2] = ["--level", "Off"];
+pub const QUIET: [&str; 2] = ["--level", "Off"];
 
 /// One program, or a pair of them.
 pub enum Contestant {
@@ -128,7 +135,7 @@ impl Contestant {
                 fs::create_dir_all(&root)?;
                 fs::hard_link(&probe, root.join("probe"))
                     .or_else(|_| fs::copy(&probe, root.join("probe")).map(drop))?;
-                let config = config(Path::new("/probe"), task)?;
+                let config = config(Path::new("/probe"), task, MEMORY_MIB)?;
                 fs::write(root.join("config.json"), config)?;
                 let mut command = Command::new(jailer);
                 command
@@ -153,10 +160,14 @@ impl Contestant {
     }
 }
 
-fn config(kernel: &Path, task: Task) -> Result<Vec<u8>> {
+/// A machine's config file.
+///
+/// # Errors
+/// When the kernel's name is not UTF-8.
+pub fn config(kernel: &Path, task: Task, memory_mib: u32) -> Result<Vec<u8>> {
     let config = json!({
         "boot-source": { "kernel_image_path": text(kernel)?, "boot_args": task.command_line("reset") },
-        "machine-config": { "vcpu_count": 1, "mem_size_mib": 128 },
+        "machine-config": { "vcpu_count": 1, "mem_size_mib": memory_mib },
         "drives": [],
     });
     Ok(serde_json::to_vec(&config)?)
@@ -164,7 +175,8 @@ fn config(kernel: &Path, task: Task) -> Result<Vec<u8>> {
 
 fn write_config(dir: &Path, id: &str, kernel: &Path, task: Task) -> Result<PathBuf> {
     let path = dir.join(format!("{id}.json"));
-    fs::write(&path, config(kernel, task)?).with_context(|| format!("write {}", path.display()))?;
+    fs::write(&path, config(kernel, task, MEMORY_MIB)?)
+        .with_context(|| format!("write {}", path.display()))?;
     Ok(path)
 }
 
@@ -191,7 +203,11 @@ fn qemu(probe: &Path, task: Task) -> Result<Command> {
     Ok(command)
 }
 
-fn text(path: &Path) -> Result<&str> {
+/// A path as text.
+///
+/// # Errors
+/// When it is none.
+pub fn text(path: &Path) -> Result<&str> {
     match path.to_str() {
         Some(text) => Ok(text),
         None => bail!("{} is not UTF-8", path.display()),

@@ -108,18 +108,23 @@ pub fn idle_memory(command: &mut Command, expected: &str) -> Result<Memory> {
     // What the guest's last exit set off should be over.
     std::thread::sleep(Duration::from_millis(200));
     let path = format!("/proc/{}/smaps_rollup", child.0.id());
-    let rollup = fs::read_to_string(&path).with_context(|| format!("read {path}"))?;
-    let field = |name: &str| -> Result<u64> {
-        let line = rollup
-            .lines()
-            .find_map(|line| line.strip_prefix(name)?.strip_prefix(':'));
-        let number = line.and_then(|line| line.trim().strip_suffix(" kB")?.trim().parse().ok());
-        number.with_context(|| format!("no {name} in {path}"))
-    };
     Ok(Memory {
-        resident: field("Rss")?,
-        private_dirty: field("Private_Dirty")?,
+        resident: field(&path, "Rss")?,
+        private_dirty: field(&path, "Private_Dirty")?,
     })
+}
+
+/// The field `name` of a file of the kernel's that counts in KiB.
+///
+/// # Errors
+/// When it cannot be read, or has no such field.
+pub fn field(path: &str, name: &str) -> Result<u64> {
+    let text = fs::read_to_string(path).with_context(|| format!("read {path}"))?;
+    let line = text
+        .lines()
+        .find_map(|line| line.strip_prefix(name)?.strip_prefix(':'));
+    let number = line.and_then(|line| line.trim().strip_suffix(" kB")?.trim().parse().ok());
+    number.with_context(|| format!("no {name} in {path}"))
 }
 
 struct Ended(Child);

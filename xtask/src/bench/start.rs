@@ -8,10 +8,11 @@ use anyhow::{Context, Result};
 
 use super::contestant::{Contestant, Task};
 use super::measure::{self, Memory, Times};
-use crate::artifacts::{self, Artifacts};
-use crate::host::{Host, Where, need_root};
+use super::{built, program, scratch};
+use crate::artifacts::Artifacts;
+use crate::host::need_root;
 use crate::packages;
-use crate::workspace::{self, say};
+use crate::workspace::say;
 
 /// `cargo xtask bench start`
 #[derive(clap::Args)]
@@ -41,15 +42,7 @@ struct Row {
 pub fn main(arguments: &Arguments) -> Result<ExitCode> {
     need_root("bench")?;
     packages::install(&[&packages::QEMU])?;
-    let artifacts = artifacts::build()?;
-    let choice = Host::look(&artifacts)?.for_probe();
-    anyhow::ensure!(
-        choice.place == Where::Here,
-        "nothing to measure here: {}",
-        choice.reason
-    );
-    // The pages of a program that was built just now would count as dirty ones of its process.
-    nix::unistd::sync();
+    let artifacts = built()?;
     let mut rows = Vec::new();
     for contestant in contestants(arguments)? {
         let dir = scratch()?;
@@ -85,25 +78,15 @@ pub fn main(arguments: &Arguments) -> Result<ExitCode> {
 fn contestants(arguments: &Arguments) -> Result<Vec<Contestant>> {
     let mut all = vec![Contestant::Vmm, Contestant::Jailed];
     if let Some(vmm) = &arguments.firecracker {
-        let vmm = std::fs::canonicalize(vmm).with_context(|| format!("find {}", vmm.display()))?;
+        let vmm = program(vmm)?;
         all.push(Contestant::Firecracker(vmm.clone()));
         if let Some(jailer) = &arguments.jailer {
-            let jailer = std::fs::canonicalize(jailer)
-                .with_context(|| format!("find {}", jailer.display()))?;
+            let jailer = program(jailer)?;
             all.push(Contestant::FirecrackerJailed { jailer, vmm });
         }
     }
     all.push(Contestant::Qemu);
     Ok(all)
-}
-
-fn scratch() -> Result<tempfile::TempDir> {
-    // Beside the products, so that a hard link to the probe works.
-    let dir = workspace::target_dir();
-    tempfile::Builder::new()
-        .prefix("bench-")
-        .tempdir_in(&dir)
-        .context("make a directory")
 }
 
 fn start(

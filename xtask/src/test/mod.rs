@@ -151,7 +151,11 @@ fn run(
     total.add(match (tier, place) {
         (Tier::Linux, _) => smoke::DEMO.run(filter)?,
         // In a lab there is nothing to measure.
-        (Tier::Kvm, Where::Here) => smoke::BENCH.run(filter)?,
+        (Tier::Kvm, Where::Here) => {
+            let mut tally = smoke::BENCH.run(filter)?;
+            tally.add(smoke::BENCH_SNAPSHOT.run(filter)?);
+            tally
+        }
         _ => Tally::default(),
     });
     // Only a filter may leave a tier without a test: an empty one must not pass in silence.

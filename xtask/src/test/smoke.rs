@@ -33,6 +33,13 @@ pub const BENCH: Smoke = Smoke {
     code: 0,
 };
 
+/// The same.
+pub const BENCH_SNAPSHOT: Smoke = Smoke {
+    name: "bench_snapshot_measures_all_subjects",
+    words: &["bench", "snapshot", "--rounds", "1", "--clones", "3"],
+    code: 0,
+};
+
 impl Smoke {
     /// Runs it, if `filter` does not leave it out.
     ///

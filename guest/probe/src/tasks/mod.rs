@@ -34,6 +34,7 @@ pub fn run(name: &str, cmdline: &Cmdline) -> Result<(), Failure> {
             machine::spin()
         }
         "tick" => tick(),
+        "chatter" => chatter(),
         "cpuid" => cpuid::run(cmdline),
         "booted" => {
             machine::write8(machine::BOOT_TIMER, 123);
@@ -73,5 +74,12 @@ fn tick() -> ! {
         while machine::tsc().wrapping_sub(start) < PERIOD {
             core::hint::spin_loop();
         }
+    }
+}
+
+/// Never stops talking, so that a machine that goes on from a snapshot is heard at once.
+fn chatter() -> ! {
+    loop {
+        crate::serial::line(format_args!("probe: chatter"));
     }
 }
