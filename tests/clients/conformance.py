@@ -31,6 +31,7 @@ EXCUSED = {
     "before": {"PUT /snapshot/load": "has been configured already"},
     "after": {
         "PUT /snapshot/create": "a machine that is paused",
+        "PUT /migration/cancel": "no machine is being moved",
         "PATCH /balloon/hinting/start": "no driver",
         "PATCH /balloon/hinting/stop": "no driver",
         "DELETE /drives/{drive_id}": "is the root device",
@@ -81,7 +82,10 @@ class Conformance:
     def __init__(self, document, url, transport):
         self.document, self.url, self.transport = document, url, transport
         self.schema = schemathesis.openapi.from_path(document)
-        self.operations = [found.ok() for found in self.schema.get_all_operations()]
+        operations = [found.ok() for found in self.schema.get_all_operations()]
+        # Those after which the connection is something else are no client's of HTTP alone: tests of machines that move do them.
+        self.switching = [operation.path for operation in operations if "101" in operation.definition.raw["responses"]]
+        self.operations = [operation for operation in operations if operation.path not in self.switching]
         self.session = requests.Session()
 
     def ask(self, operation, body=None):
@@ -156,6 +160,8 @@ class Conformance:
         arguments = ["run", self.document, "--url", self.url, "--checks", ",".join(CHECKS)]
         arguments += ["--phases", phases, "--max-examples", "10"]
         arguments += ["--generation-deterministic"]
+        for path in self.switching:
+            arguments += ["--exclude-path", path]
         arguments += ["--continue-on-failure", "--no-color", "--warnings", "off", "--suppress-health-check", "all"]
         try:
             command_line(arguments)

@@ -12,6 +12,7 @@ mod huge_pages;
 mod images;
 mod machine;
 mod memory;
+mod migration;
 mod mmds;
 mod numa;
 mod snapshot;
