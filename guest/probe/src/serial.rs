@@ -26,6 +26,11 @@ pub fn line(text: fmt::Arguments<'_>) {
     let _ = Com1.write_str("\n");
 }
 
+/// Writes a single byte.
+pub fn dot() {
+    outb(COM1, b'.');
+}
+
 /// The next byte that the host types.
 pub fn byte() -> Result<u8, &'static str> {
     wait_for(|| inb(LINE_STATUS) & DATA_READY != 0)?;

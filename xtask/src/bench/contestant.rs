@@ -22,6 +22,8 @@ pub enum Task {
     Idle,
     /// Never stop talking.
     Chatter,
+    /// Write to memory and say a dot for each millisecond, for good.
+    Dirty,
 }
 
 impl Task {
@@ -32,6 +34,7 @@ impl Task {
             Self::Boot => format!("console=ttyS0 acpi=off probe.task=boot probe.end={end}"),
             Self::Idle => "idle console=ttyS0 acpi=off".to_owned(),
             Self::Chatter => "console=ttyS0 acpi=off probe.task=chatter".to_owned(),
+            Self::Dirty => "console=ttyS0 acpi=off probe.task=dirty".to_owned(),
         }
     }
 
@@ -41,6 +44,7 @@ impl Task {
             Self::Boot => "probe: boot ok",
             Self::Idle => "probe: idle",
             Self::Chatter => "probe: chatter",
+            Self::Dirty => "probe: dirty",
         }
     }
 }

@@ -4,6 +4,7 @@ mod balloon;
 mod blk;
 mod console;
 mod cpuid;
+mod dirty;
 mod fs;
 mod hostile;
 mod hotplug;
@@ -35,6 +36,7 @@ pub fn run(name: &str, cmdline: &Cmdline) -> Result<(), Failure> {
         }
         "tick" => tick(),
         "chatter" => chatter(),
+        "dirty" => dirty::run(),
         "cpuid" => cpuid::run(cmdline),
         "booted" => {
             machine::write8(machine::BOOT_TIMER, 123);

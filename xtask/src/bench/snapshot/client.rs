@@ -57,11 +57,29 @@ impl Client {
         self.0.write_all(request).context("send a request")
     }
 
+    /// Sends a request after which the connection is something else: that, and what has come of it.
+    ///
+    /// # Errors
+    /// When it is refused.
+    pub fn upgrade(mut self, path: &str, body: &Value) -> Result<(UnixStream, Vec<u8>)> {
+        self.send(&Self::request("PUT", path, body))?;
+        let mut answer = self.answer("101")?;
+        let head = answer.windows(4).position(|four| four == b"\r\n\r\n");
+        let early = answer.split_off(head.unwrap_or(answer.len()) + 4);
+        self.0.set_read_timeout(None)?;
+        Ok((self.0, early))
+    }
+
     /// Waits for the answer, which must be that it was done.
     ///
     /// # Errors
     /// When it is another, or none.
     pub fn done(&mut self) -> Result<()> {
+        self.answer("204").map(drop)
+    }
+
+    /// The answer, at least all of its head, which must have this status.
+    fn answer(&mut self, status: &str) -> Result<Vec<u8>> {
         let mut answer = Vec::new();
         let mut chunk = [0; 4096];
         while !answer.windows(4).any(|four| four == b"\r\n\r\n") {
@@ -71,13 +89,13 @@ impl Client {
             }
             answer.extend_from_slice(chunk.get(..length).unwrap_or_default());
         }
-        if !answer.starts_with(b"HTTP/1.1 204") {
+        if !answer.starts_with(format!("HTTP/1.1 {status}").as_bytes()) {
             bail!(
                 "the request was refused: {}",
                 String::from_utf8_lossy(&answer)
             );
         }
-        Ok(())
+        Ok(answer)
     }
 
     /// Sends a request and waits until it is done.

@@ -125,6 +125,16 @@ impl Machine {
         Self::start(command, socket)
     }
 
+    /// One of ours that waits for a machine.
+    ///
+    /// # Errors
+    /// When it does not come up.
+    pub fn empty(artifacts: &Artifacts, dir: &Path, name: &str) -> Result<Self> {
+        let socket = dir.join(format!("{name}.sock"));
+        let command = command(&Kind::Vmm, artifacts, name, &socket, None)?;
+        Self::start(command, socket)
+    }
+
     fn start(mut command: Command, socket: PathBuf) -> Result<Self> {
         command.stdin(Stdio::null()).stdout(Stdio::piped());
         // What goes wrong is also in the API's answer.
@@ -197,6 +207,29 @@ impl Machine {
             bail!("not the guest: {}", String::from_utf8_lossy(&said));
         }
         Ok((now - start, now - self.start))
+    }
+
+    /// Another connection to its API.
+    ///
+    /// # Errors
+    /// When there can be none.
+    pub fn another_client(&self) -> Result<Client> {
+        Client::connect(&self.socket)
+    }
+
+    /// All that it says from now on until it ends, each piece with when it was heard; after `enough` has come it is not
+    /// listened to any more.
+    pub fn listen(&mut self, enough: usize) -> Vec<(Instant, usize)> {
+        let (mut heard, mut all) = (Vec::new(), 0);
+        let mut chunk = [0; 4096];
+        while all < enough {
+            let Ok(count @ 1..) = self.output.read(&mut chunk) else {
+                break;
+            };
+            all += count;
+            heard.push((Instant::now(), count));
+        }
+        heard
     }
 
     /// Whether there is output, after waiting for it or, if `or_answer`, an answer of the API.

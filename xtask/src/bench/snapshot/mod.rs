@@ -6,6 +6,7 @@ mod client;
 mod clones;
 mod create;
 mod machine;
+mod moving;
 mod plot;
 mod restore;
 mod row;
@@ -141,8 +142,14 @@ pub fn main(arguments: &Arguments) -> Result<ExitCode> {
     let mut create = create::Create::new();
     let mut sizes = sizes::Sizes::new(&bench)?;
     let mut clones = clones::Clones::new(&bench, arguments.clones)?;
-    let subjects: &mut [&mut dyn Subject] =
-        &mut [&mut restore, &mut create, &mut sizes, &mut clones];
+    let mut moving = moving::Moving::new();
+    let subjects: &mut [&mut dyn Subject] = &mut [
+        &mut restore,
+        &mut create,
+        &mut sizes,
+        &mut clones,
+        &mut moving,
+    ];
     say(format_args!("{} rounds", arguments.rounds));
     // One round goes uncounted: it brings programs and files into the page cache.
     for round in 0..=arguments.rounds {
