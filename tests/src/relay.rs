@@ -13,20 +13,20 @@ pub struct Relay {
 }
 
 impl Relay {
-    /// Joins `from`, whose machine goes and of which some may have come already, and `to`. After `most` bytes in that
-    /// direction the link breaks.
+    /// Joins `from`, whose machine goes and of which some may have come already, and `to`. After `most` bytes, there or back,
+    /// the link breaks.
     pub fn join(
         (from, early): (UnixStream, Vec<u8>),
         to: UnixStream,
-        most: Option<u64>,
+        most: [Option<u64>; 2],
     ) -> Result<Self> {
         let (back_from, back_to) = (to.try_clone()?, from.try_clone()?);
-        let most = most.unwrap_or(u64::MAX);
-        let there =
-            std::thread::spawn(move || pump(Cursor::new(early).chain(&from), &from, &to, most));
-        let back = std::thread::spawn(move || pump(&back_from, &back_from, &back_to, u64::MAX));
+        let [there, back] = most.map(|most| most.unwrap_or(u64::MAX));
+        let going =
+            std::thread::spawn(move || pump(Cursor::new(early).chain(&from), &from, &to, there));
+        let coming = std::thread::spawn(move || pump(&back_from, &back_from, &back_to, back));
         Ok(Self {
-            threads: vec![there, back],
+            threads: vec![going, coming],
         })
     }
 

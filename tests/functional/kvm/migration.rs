@@ -54,8 +54,8 @@ impl Pair {
         (Machine::new(vm), api)
     }
 
-    /// Sends it to the VMM with this API; after `most` bytes the link breaks.
-    fn send(&self, to: &Path, limits: &Value, most: Option<u64>) -> Relay {
+    /// Sends it to the VMM with this API; after `most` bytes, there or back, the link breaks.
+    fn send(&self, to: &Path, limits: &Value, most: [Option<u64>; 2]) -> Relay {
         let connect = |path| ApiClient::connect(path).unwrap();
         let (to, _) = connect(to)
             .upgrade("/migration/receive", &json!({}))
@@ -91,7 +91,7 @@ fn a_machine_moves_while_it_runs() {
         let pair = Pair::new(jailed);
         let (target, api) = pair.target();
         let limits = serde_json::from_str(PATIENT).unwrap();
-        let relay = pair.send(&api, &limits, None);
+        let relay = pair.send(&api, &limits, [None; 2]);
         let gone = pair.source.vm.wait().unwrap();
         assert_eq!(gone.code, exit::MOVED, "{gone:#?}");
         assert!(relay.wait() > 4096);
@@ -114,7 +114,7 @@ fn a_machine_moves_while_it_runs() {
             ..pair
         };
         let (third, api) = pair.target();
-        let _relay = pair.send(&api, &limits, None);
+        let _relay = pair.send(&api, &limits, [None; 2]);
         assert_eq!(pair.source.vm.wait().unwrap().code, exit::MOVED);
         third.vm.wait_for_line("probe: round").unwrap();
         third.kill();
@@ -128,7 +128,7 @@ fn a_machine_whose_way_breaks_stays() {
     let limits: Value = serde_json::from_str(PATIENT).unwrap();
     for most in [0, 100, 3000, 50_000, 120_000] {
         let (mut target, api) = pair.target();
-        pair.send(&api, &limits, Some(most)).wait();
+        pair.send(&api, &limits, [Some(most), None]).wait();
         pair.assert_stayed("connection");
         // And the other one can be something else.
         target.wait_until("it is as before", |it| {
@@ -144,14 +144,47 @@ fn a_machine_whose_way_breaks_stays() {
     let from = ApiClient::connect(&pair.source_api).unwrap();
     let from = from.upgrade("/migration/send", &limits).unwrap();
     target.kill();
-    Relay::join(from, to, None).unwrap().wait();
+    Relay::join(from, to, [None; 2]).unwrap().wait();
     pair.assert_stayed("connection");
     // Nothing of all that is in the way.
     let (target, api) = pair.target();
-    let _relay = pair.send(&api, &limits, None);
+    let _relay = pair.send(&api, &limits, [None; 2]);
     assert_eq!(pair.source.vm.wait().unwrap().code, exit::MOVED);
     target.vm.wait_for_line("probe: round").unwrap();
     target.kill();
+}
+
+/// The word that it runs there does not arrive: it stands still here until somebody knows.
+#[test]
+fn a_machine_that_may_run_elsewhere_stands_still() {
+    let mut pair = Pair::new(false);
+    let (target, api) = pair.target();
+    let limits = serde_json::from_str(PATIENT).unwrap();
+    // Consent, and word that it is built: 16 bytes each.
+    pair.send(&api, &limits, [None, Some(32)]).wait();
+    let source = &mut pair.source;
+    source.wait_until("nobody knows", |it| {
+        it.get("/migration")["phase"] == "unknown"
+    });
+    assert_eq!(source.get("/")["state"], "Paused");
+    let said = source.vm.said();
+    for (path, body) in [
+        ("/migration/send", json!({})),
+        (
+            "/snapshot/create",
+            json!({ "snapshot_path": "/s", "mem_file_path": "/m" }),
+        ),
+    ] {
+        source.put(path, body).assert_refused("is being moved");
+    }
+    target.kill();
+    assert_eq!(source.vm.said(), said);
+    let resumed = source.patch("/vm", json!({ "state": "Resumed" }));
+    resumed.assert_done();
+    let next = format!("probe: round {}", count(&said) + 3);
+    source.vm.wait_for_line(&next).unwrap();
+    assert!(!source.vm.said().contains("FAIL"));
+    pair.source.kill();
 }
 
 /// What makes no sense is refused in words, at either end.
@@ -172,14 +205,18 @@ fn what_cannot_move_is_refused() {
         .put("/migration/send", json!({ "downtime": 1 }))
         .assert_refused("downtime");
     // A guest that may not stand still at all.
-    pair.send(&api, &json!({ "downtime_ms": 0, "max_rounds": 2 }), None)
-        .wait();
+    pair.send(
+        &api,
+        &json!({ "downtime_ms": 0, "max_rounds": 2 }),
+        [None; 2],
+    )
+    .wait();
     pair.assert_stayed("after 2 rounds");
     // Nobody answers: it waits, is not to be changed, and gives up when it is told to.
     let (ours, _other) = std::os::unix::net::UnixStream::pair().unwrap();
     let from = ApiClient::connect(&pair.source_api).unwrap();
     let from = from.upgrade("/migration/send", &json!({})).unwrap();
-    let _relay = Relay::join(from, ours, None).unwrap();
+    let _relay = Relay::join(from, ours, [None; 2]).unwrap();
     pair.source.wait_until("it is offered", |machine| {
         machine.get("/migration")["phase"] == "offered"
     });
@@ -218,7 +255,7 @@ fn what_cannot_move_is_refused() {
     let vm = rounds(&pair.disk, "", false);
     let elsewhere = vm.api_path();
     let other = Machine::new(vm);
-    pair.send(&elsewhere, &json!({}), None).wait();
+    pair.send(&elsewhere, &json!({}), [None; 2]).wait();
     pair.assert_stayed("refuses the machine");
     other.kill();
     target.kill();

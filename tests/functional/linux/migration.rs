@@ -47,8 +47,8 @@ fn host(netns: &Netns) -> Receiver<u64> {
 
 /// Waits for so many more lines.
 fn hear(numbers: &Receiver<u64>, more: usize) -> u64 {
-    let next = || numbers.recv_timeout(Duration::from_secs(60)).unwrap();
-    (0..more).map(|_| next()).last().unwrap()
+    let next = |_| numbers.recv_timeout(Duration::from_secs(60)).unwrap();
+    (0..more).map(next).fold(0, u64::max)
 }
 
 fn card(vm: Vm, netns: &Netns, tap: &str) -> Vm {
@@ -91,7 +91,7 @@ fn a_tcp_connection_lives_through_a_move() {
     let (to, _) = to.upgrade("/migration/receive", &receive).unwrap();
     let from = ApiClient::connect(&source.files.api_path()).unwrap();
     let from = from.upgrade("/migration/send", &json!({ "downtime_ms": 2000 }));
-    let _relay = Relay::join(from.unwrap(), to, None).unwrap();
+    let _relay = Relay::join(from.unwrap(), to, [None; 2]).unwrap();
     let Guest { vm: source, .. } = source;
     let gone = source.wait().unwrap();
     assert_eq!(gone.code, exit::MOVED, "{gone:#?}");

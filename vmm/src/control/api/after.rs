@@ -8,7 +8,6 @@ use std::time::{Duration, Instant};
 use serde_json::json;
 
 use super::action::{Action, DriveUpdate, NetworkInterfaceUpdate, PmemUpdate};
-use super::migration::Moving;
 use super::plug::NewDevice;
 use super::{Desk, Fault, Reply, counting};
 use crate::config::{Drive, RateLimiter};
@@ -32,6 +31,9 @@ impl Desk {
         if let Some(reply) = self.look(&action, state) {
             return Ok(reply);
         }
+        if matches!(action, Action::Resume) {
+            self.settle_doubt(machine);
+        }
         match action {
             Action::GetMigration => return Ok(self.progress(Some(machine))),
             Action::CancelMigration => return self.cancel(machine),
@@ -45,8 +47,6 @@ impl Desk {
             }
             Action::Resume => {
                 let start = Instant::now();
-                // Whoever asks for it after an end that nobody knows, knows it.
-                self.moving = Moving::Nothing;
                 machine.resume();
                 self.paused = false;
                 self.guest_runs();

@@ -83,12 +83,17 @@ struct Coming {
 }
 
 impl Desk {
-    /// Whether a machine that runs is to be left as it is.
+    /// Whether the machine is to be left as it is.
     pub(super) fn is_moving(&self) -> bool {
-        matches!(
-            self.moving,
-            Moving::WillSend(_) | Moving::Sending | Moving::Receiving(_)
-        )
+        !matches!(self.moving, Moving::Nothing | Moving::WillReceive(_))
+    }
+
+    /// Whoever lets a machine go on that may run elsewhere knows that it does not.
+    pub(super) fn settle_doubt(&mut self, machine: &RunningMachine) {
+        if matches!(self.moving, Moving::Stranded(_)) {
+            self.moving = Moving::Nothing;
+            machine.stay(&self.config);
+        }
     }
 
     /// `GET /migration`
@@ -128,7 +133,8 @@ impl Desk {
 
     /// `PUT /migration/cancel`
     pub(super) fn cancel(&mut self, machine: &RunningMachine) -> Result<Reply, Fault> {
-        let way = machine.way().filter(|_| self.is_moving());
+        let is_sending = matches!(self.moving, Moving::WillSend(_) | Moving::Sending);
+        let way = machine.way().filter(|_| is_sending);
         way.ok_or(Fault::NotMoving)?.cancel();
         Ok(Reply::Done)
     }
@@ -317,7 +323,7 @@ impl Desk {
                 taken.map_err(|error| words(&error))
             }
             (Kind::Zeroes, Stage::Coming(coming), _) => {
-                let count = frame.payload.as_array().copied().map(u64::from_le_bytes);
+                let count = frame.payload.as_slice().try_into().map(u64::from_le_bytes);
                 let taken = coming.arrival.zeroes(frame.number, count.unwrap_or(0));
                 taken.map_err(|error| words(&error))
             }
