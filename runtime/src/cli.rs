@@ -41,9 +41,11 @@ pub enum Command {
     Metrics(MetricsArgs),
     /// Show how many virtual CPUs a running microVM has, or change it
     Vcpus(VcpusArgs),
-    /// Bring machines back that were saved
+    /// Save running microVMs, and look at what was saved
     #[command(subcommand)]
     Snapshot(SnapshotCommand),
+    /// Run microVMs that go on from a snapshot, in the foreground
+    Clone(Box<CloneArgs>),
     /// Remove what killed runs left behind
     Gc,
     /// Register, list and remove guest kernels
@@ -52,13 +54,107 @@ pub enum Command {
     /// Carry bytes between a guest and the terminal (started by `run`)
     #[command(hide = true)]
     Monitor(MonitorArgs),
+    /// Have a machine go on when `snapshot create` was killed (started by it)
+    #[command(hide = true)]
+    SnapshotGuard(GuardArgs),
 }
 
 /// `casemate snapshot`.
 #[derive(Debug, Subcommand)]
 pub enum SnapshotCommand {
+    /// Save a running microVM, which goes on
+    Create(SnapshotCreateArgs),
+    /// List the snapshots that have names
+    #[command(visible_alias = "list")]
+    Ls(PsArgs),
+    /// Show what a snapshot is: of which machine, and what is in its files
+    Describe(SnapshotArgs),
+    /// Read all of a snapshot and compare it with its checksums
+    #[command(
+        after_help = "Exit code: 0 when it is whole, 1 when it is not, 125 when it could not be looked at."
+    )]
+    Verify(SnapshotArgs),
+    /// Remove snapshots. Machines that go on from one do not notice
+    Rm(SnapshotRmArgs),
     /// Bring a restored machine's memory from a file, page by page as the guest touches it
     Serve(ServeArgs),
+}
+
+/// `casemate snapshot create`.
+#[derive(Debug, Args)]
+#[command(
+    after_help = "The machine is paused while it is written. It goes on afterwards, also when that fails, is interrupted, or this \
+                  command is killed. Disks given with --disk are not in the snapshot. \
+                  Exit code: 0; 128+n when a signal n ended it, and nothing was made; 125 when it failed."
+)]
+pub struct SnapshotCreateArgs {
+    /// The machine, started with --snapshots
+    pub id: String,
+    /// What the snapshot is to be called; with a `/` in it the directory that it is to be. Never one that exists
+    #[arg(value_name = "NAME|PATH")]
+    pub name: String,
+    /// Do not let the machine go on afterwards
+    #[arg(long)]
+    pub leave_paused: bool,
+}
+
+/// `casemate snapshot describe` and `verify`.
+#[derive(Debug, Args)]
+pub struct SnapshotArgs {
+    /// The snapshot
+    #[arg(value_name = "NAME|PATH")]
+    pub name: String,
+}
+
+/// `casemate snapshot rm`.
+#[derive(Debug, Args)]
+pub struct SnapshotRmArgs {
+    /// The snapshots
+    #[arg(value_name = "NAME|PATH", required = true)]
+    pub names: Vec<String>,
+}
+
+/// `casemate clone`.
+#[derive(Debug, Args)]
+#[command(
+    after_help = "A machine goes on with the command that it was saved with, as another one: with an id, a user, a jail, a host name \
+                  and random numbers of its own. Each gets a copy of what was written to its root on a disk of its own (--root-size). \
+                  Exit code: as of `run`; with -n that of the first machine that ends with another one than 0."
+)]
+pub struct CloneArgs {
+    /// The snapshot
+    #[arg(value_name = "NAME|PATH")]
+    pub snapshot: String,
+    /// How many. Lines of several begin with the machine's id and a tab, and none has standard input
+    #[arg(short = 'n', long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=4096))]
+    pub count: u16,
+    /// Name of the machine; of several each is this, a hyphen and its number [default: made up]
+    #[arg(long)]
+    pub id: Option<String>,
+    /// The tap for a network card of the machine's: as many as it has, in their order. `%d` is the machine's number
+    /// [default: those that it had]
+    #[arg(long, value_name = "TAP")]
+    pub net: Vec<String>,
+    /// Network namespace in which the taps are [default: where they were]
+    #[arg(long, value_name = "PATH")]
+    pub netns: Option<PathBuf>,
+    /// How each is watched.
+    #[command(flatten)]
+    pub watch: WatchArgs,
+    /// The process that started this one among several
+    #[arg(long, hide = true)]
+    pub parent: Option<i32>,
+}
+
+/// `casemate snapshot-guard`.
+#[derive(Debug, Args)]
+pub struct GuardArgs {
+    /// Socket of the machine's API
+    pub socket: PathBuf,
+    /// Where the machine writes its files
+    pub saved: PathBuf,
+    /// Where they are put together
+    pub staged: PathBuf,
 }
 
 /// `casemate metrics`.
@@ -128,18 +224,9 @@ pub struct RunArgs {
     /// Accepted for familiarity: a machine is always removed when it ends
     #[arg(long)]
     pub rm: bool,
-    /// End the machine after this long, with exit code 124 (e.g. 90, 30s, 5m)
-    #[arg(long, value_name = "DURATION", value_parser = parse_duration)]
-    pub timeout: Option<Duration>,
-    /// How long the command may take to end after a signal, before it is made to
-    #[arg(long, value_name = "DURATION", default_value = "10s", value_parser = parse_duration)]
-    pub stop_grace: Duration,
-    /// How long the guest may take to get ready
-    #[arg(long, value_name = "DURATION", default_value = "2m", value_parser = parse_duration)]
-    pub boot_timeout: Duration,
-    /// Show the guest's console (kernel messages) on standard error
-    #[arg(long)]
-    pub console: bool,
+    /// How it is watched.
+    #[command(flatten)]
+    pub watch: WatchArgs,
     /// Write what confines the machine, as the kernel reports it, to FILE when the command starts (`-`: standard error)
     #[arg(long, value_name = "FILE|-")]
     pub confinement_report: Option<PathBuf>,
@@ -161,12 +248,40 @@ pub struct RunArgs {
     /// Further words for the kernel command line
     #[arg(long, value_name = "WORDS", allow_hyphen_values = true)]
     pub append: Option<String>,
-    /// Leave one of the walls out where this host lacks it (cgroup: limits whose controllers it lacks)
-    #[arg(long, value_name = "WALL", value_delimiter = ',', value_parser = ["landlock", "cgroup"])]
-    pub allow_missing: Vec<String>,
     /// The command and its arguments [default: /bin/sh]
     #[arg(last = true, value_name = "CMD")]
     pub command: Vec<String>,
+}
+
+/// How a machine is kept and watched, whether it boots or goes on from a snapshot.
+#[derive(Debug, Args)]
+pub struct WatchArgs {
+    /// End the machine after this long, with exit code 124 (e.g. 90, 30s, 5m)
+    #[arg(long, value_name = "DURATION", value_parser = parse_duration)]
+    pub timeout: Option<Duration>,
+    /// Let the machine be saved while it runs, by `casemate snapshot create`. Its broker may then make two files, each no
+    /// larger than its memory, below CASEMATE_DATA_DIR
+    #[arg(long)]
+    pub snapshots: bool,
+    /// How long the command may take to end after a signal, before it is made to
+    #[arg(long, value_name = "DURATION", default_value = "10s", value_parser = parse_duration)]
+    pub stop_grace: Duration,
+    /// How long the guest may take to get ready
+    #[arg(long, value_name = "DURATION", default_value = "2m", value_parser = parse_duration)]
+    pub boot_timeout: Duration,
+    /// Show the guest's console (kernel messages) on standard error
+    #[arg(long)]
+    pub console: bool,
+    /// Leave one of the walls out where this host lacks it (cgroup: limits whose controllers it lacks)
+    #[arg(long, value_name = "WALL", value_delimiter = ',', value_parser = ["landlock", "cgroup"])]
+    pub allow_missing: Vec<String>,
+}
+
+impl WatchArgs {
+    /// Whether this wall may be missing.
+    pub fn may_miss(&self, wall: &str) -> bool {
+        self.allow_missing.iter().any(|other| other == wall)
+    }
 }
 
 /// `casemate ps`.
@@ -274,11 +389,12 @@ mod tests {
         ])
         .unwrap();
         assert_eq!((args.cpus, args.memory), (2, 1024));
-        assert_eq!(args.timeout, Some(Duration::from_secs(120)));
+        assert_eq!(args.watch.timeout, Some(Duration::from_secs(120)));
         assert_eq!(args.command, ["ls", "-l"]);
         assert_eq!(args.tty, "auto");
         let missing = run(&["--allow-missing", "landlock,cgroup"])
             .unwrap()
+            .watch
             .allow_missing;
         assert_eq!(missing, ["landlock", "cgroup"]);
         assert_eq!(run(&["-t", "--", "sh"]).unwrap().tty, "yes");

@@ -1,7 +1,9 @@
 //! `casemate`: run untrusted code in jailed microVMs.
 
+mod api;
 mod cgroups;
 mod cli;
+mod clone;
 mod doctor;
 mod inspect;
 mod kernels;
@@ -15,6 +17,7 @@ mod rootfs;
 mod run;
 mod sandbox;
 mod say;
+mod snapshot;
 mod state;
 mod units;
 mod vcpus;
@@ -24,7 +27,7 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use clap::error::ErrorKind;
-use cli::{Cli, Command, SnapshotCommand};
+use cli::{Cli, Command};
 use places::Places;
 
 /// Exit code when casemate itself failed, as container tools have it.
@@ -50,7 +53,11 @@ fn main() -> ExitCode {
         Command::Doctor(args) => written(doctor::run(args.json)),
         Command::Metrics(args) => done(metrics::run(&args.file)),
         Command::Vcpus(args) => done(vcpus::run(&args.id, args.count)),
-        Command::Snapshot(SnapshotCommand::Serve(args)) => done(page_handler::run(&args)),
+        Command::Snapshot(command) => {
+            snapshot::run(&command).map_or_else(|error| fail(&error), ExitCode::from)
+        }
+        Command::Clone(args) => clone::run(&args).map_or_else(|error| fail(&error), ExitCode::from),
+        Command::SnapshotGuard(args) => done(snapshot::guard(&args)),
         Command::Gc => done(gc()),
         Command::Kernel(args) => done(kernels::cli(&args.args)),
         Command::Monitor(args) => done(monitor::main(&args)),

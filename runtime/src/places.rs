@@ -60,6 +60,16 @@ impl Places {
         self.data.join("layers").join(format!("{id}.img"))
     }
 
+    /// Directory of snapshots, one directory each.
+    pub fn snapshots(&self) -> PathBuf {
+        self.data.join("snapshots")
+    }
+
+    /// Where a machine that can be saved puts its files, before they are a snapshot: it may write there, and nowhere else.
+    pub fn saved(&self, id: &str) -> PathBuf {
+        self.snapshots().join(".new").join(id).join("files")
+    }
+
     /// Directory of one machine.
     pub fn machine(&self, id: &str) -> PathBuf {
         self.machines().join(id)

@@ -48,6 +48,14 @@ impl Netns {
         netns
     }
 
+    /// One more tap, which is up.
+    #[track_caller]
+    pub fn add_tap(&self, name: &str) {
+        let inside = |args: &[&str]| ip(&[&["-n", &self.name][..], args].concat());
+        inside(&["tuntap", "add", name, "mode", "tap", "vnet_hdr"]);
+        inside(&["link", "set", name, "up"]);
+    }
+
     /// Has everything leave it by the tap, through a gateway that nobody has to be.
     #[track_caller]
     pub fn route_by(&self, gateway: &str) {

@@ -76,6 +76,8 @@ pub fn packaged_kernel() -> PathBuf {
 /// `casemate` with a state directory of its own, so that what is left behind shows.
 pub struct Casemate {
     state: TempDir,
+    /// Where its data is, if not where the environment says.
+    data: Option<PathBuf>,
     /// User ids that no other test's machines have: a machine's end is the end of its user's processes.
     uids: String,
 }
@@ -98,7 +100,18 @@ impl Casemate {
         let number = NEXT.fetch_add(1, Ordering::Relaxed) % 128;
         let first = 3_000_000 + (std::process::id() % 100_000) * 1024 + number * MACHINES;
         let uids = format!("{first}-{}", first + MACHINES - 1);
-        Self { state, uids }
+        Self {
+            state,
+            data: None,
+            uids,
+        }
+    }
+
+    /// With its data, such as snapshots, in this directory.
+    #[must_use]
+    pub fn with_data(mut self, data: &Path) -> Self {
+        self.data = Some(data.to_owned());
+        self
     }
 
     /// `casemate ARGS`.
@@ -108,7 +121,16 @@ impl Casemate {
             .env("CASEMATE_STATE_DIR", self.state.path())
             .env("CASEMATE_UID_RANGE", &self.uids)
             .args(args);
+        if let Some(data) = &self.data {
+            command.env("CASEMATE_DATA_DIR", data);
+        }
         command
+    }
+
+    /// What `casemate` notes of the machine `id`, which runs.
+    pub fn record(&self, id: &str) -> Result<serde_json::Value> {
+        let path = self.state.path().join("vms").join(id).join("state.json");
+        Ok(serde_json::from_slice(&std::fs::read(path)?)?)
     }
 
     /// `casemate ARGS`, to its end.
@@ -160,6 +182,16 @@ impl Casemate {
             Ok(left) => assert!(left.is_empty(), "left behind: {left:?}"),
             Err(error) => panic!("{error:#}"),
         }
+    }
+
+    /// Asserts that no machine but `id` has a directory or a user id.
+    #[track_caller]
+    pub fn assert_state_has_only(&self, id: &str) {
+        let mut left = self.left_in_state().unwrap_or_default();
+        left.retain(|path| !path.ends_with(id));
+        let other = |path: &PathBuf| std::fs::read_to_string(path).is_ok_and(|owner| owner == id);
+        left.retain(|path| !other(path));
+        assert!(left.is_empty(), "left behind: {left:?}");
     }
 
     fn left_in_state(&self) -> Result<Vec<PathBuf>> {

@@ -39,6 +39,8 @@ Runs one microVM. Its first serial port is standard input and output.
   --snapshot-version  print the version of the snapshots that it writes
   --describe-snapshot FILE
                       print the version of a snapshot's state or memory file, whose it is and what is in it
+  --verify-snapshot STATE MEMORY
+                      read all of a snapshot's two files, and compare them with their checksums and each other
   --merge-memory FILE DIFF NEW
                       make NEW of a snapshot's memory file and one of what has changed since (Diff)
   --version           print the version
@@ -65,12 +67,30 @@ pub enum Arguments {
     Version,
     /// Print the version of the snapshots that it writes.
     SnapshotVersion,
-    /// Print what a file of a snapshot is.
-    DescribeSnapshot(String),
+    /// Look at a snapshot.
+    Look(Look),
     /// Make the last of these files of the memory in the first and the changes in the second.
     MergeMemory([String; 3]),
     /// Run a machine.
     Run(Box<RunArguments>),
+}
+
+/// How to look at a snapshot.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Look {
+    /// What is to be said of it.
+    pub what: What,
+    /// The jailer's table, which then has the files.
+    pub handover_fd: Option<RawFd>,
+}
+
+/// What is to be said of a snapshot.
+#[derive(Debug, PartialEq, Eq)]
+pub enum What {
+    /// What this file is.
+    Describe(String),
+    /// Whether these two are whole: the state, and the memory.
+    Verify(String, String),
 }
 
 /// How to run a machine.
@@ -162,6 +182,7 @@ where
     let (mut metrics_path, mut boot_timer, mut enable_pci) = (None, false, false);
     let mut start_times = StartTimes::default();
     let (mut metadata, mut mmds_size_limit) = (None, None);
+    let mut look = None;
     while let Some(argument) = parser.next()? {
         match argument {
             Arg::Long("help") | Arg::Short('h') => return Ok(Arguments::Help),
@@ -208,7 +229,11 @@ where
             }
             Arg::Long("snapshot-version") => return Ok(Arguments::SnapshotVersion),
             Arg::Long("describe-snapshot") => {
-                return Ok(Arguments::DescribeSnapshot(parser.value()?.string()?));
+                look = Some(What::Describe(parser.value()?.string()?));
+            }
+            Arg::Long("verify-snapshot") => {
+                let state = parser.value()?.string()?;
+                look = Some(What::Verify(state, parser.value()?.string()?));
             }
             Arg::Long("merge-memory") => {
                 let mut path = || Ok::<_, Error>(parser.value()?.string()?);
@@ -235,6 +260,9 @@ where
             }
             other => return Err(other.unexpected().into()),
         }
+    }
+    if let Some(what) = look {
+        return Ok(Arguments::Look(Look { what, handover_fd }));
     }
     if no_api && api_sock.is_some() {
         return Err(Error::Missing("--no-api and --api-sock exclude each other"));
@@ -381,12 +409,29 @@ mod tests {
     fn reads_what_is_asked_of_snapshots() {
         let version = parse(["--id", "x", "--snapshot-version"]).unwrap();
         assert_eq!(version, Arguments::SnapshotVersion);
-        for arguments in [
-            &["--describe-snapshot", "/s"][..],
-            &["--describe-snapshot=/s"],
+        let look = |what, handover_fd| Arguments::Look(Look { what, handover_fd });
+        let describe = || What::Describe("/s".to_owned());
+        for (arguments, wanted) in [
+            (&["--describe-snapshot", "/s"][..], look(describe(), None)),
+            (&["--describe-snapshot=/s"], look(describe(), None)),
+            (
+                // As the jailer starts it.
+                &[
+                    "--id",
+                    "x",
+                    "--handover-fd",
+                    "5",
+                    "--describe-snapshot",
+                    "/s",
+                ],
+                look(describe(), Some(5)),
+            ),
+            (
+                &["--verify-snapshot", "/s", "/m"],
+                look(What::Verify("/s".to_owned(), "/m".to_owned()), None),
+            ),
         ] {
-            let described = Arguments::DescribeSnapshot("/s".to_owned());
-            assert_eq!(parse(arguments).unwrap(), described);
+            assert_eq!(parse(arguments).unwrap(), wanted);
         }
         let merged = ["a", "b", "c"].map(str::to_owned);
         let arguments = ["--merge-memory", "a", "b", "c"];
@@ -404,6 +449,7 @@ mod tests {
             (&["--http-api-max-payload-size", "0"], "payload-size"),
             (&["--mmds-size-limit", "all"], "--mmds-size-limit"),
             (&["--describe-snapshot"], "--describe-snapshot"),
+            (&["--verify-snapshot", "/s"], "--verify-snapshot"),
             (&["--merge-memory", "a", "b"], "--merge-memory"),
             (&["--no-api", "--config-file", "c", "--id", "../x"], "--id"),
             (&["--id", ""], "--id"),

@@ -42,12 +42,14 @@ pub enum Error {
     /// The jailer's table.
     #[error("--handover-fd: {0}")]
     Handover(#[from] casemate_broker::HandoverError),
-    /// A file of a snapshot that was to be described.
-    #[error("--describe-snapshot {path}: {source}")]
-    Describe {
-        /// Where it is.
-        path: String,
-        /// Why it is not described.
+    /// A file of a snapshot that was to be described, or both that were to be verified.
+    #[error("{option} {paths}: {source}")]
+    Look {
+        /// What was asked for.
+        option: &'static str,
+        /// Where they are.
+        paths: String,
+        /// What is wrong.
         source: snapshot::describe::Error,
     },
     /// The memory files of snapshots that were to be merged.

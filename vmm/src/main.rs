@@ -48,7 +48,7 @@ fn start() -> Result<Option<End>, Error> {
             println!("with the API of Firecracker v{}", api::API_VERSION);
         }
         Arguments::SnapshotVersion => println!("{}", snapshot::VERSION),
-        Arguments::DescribeSnapshot(path) => print!("{}", offline::describe(&path)?),
+        Arguments::Look(look) => print!("{}", offline::look(&look)?),
         Arguments::MergeMemory(paths) => offline::merge(paths.each_ref().map(String::as_str))?,
         Arguments::Run(run) => return self::run(&run).map(Some),
     }

@@ -1,5 +1,10 @@
 //! What the program does with the files of snapshots where there is no machine.
 
+use std::fs::File;
+
+use casemate_broker::{Handover, Kind};
+
+use crate::arguments::{Look, What};
 use crate::resources::{Served, Source};
 use crate::snapshot::{describe, memory};
 use crate::{Error, lockdown};
@@ -9,19 +14,42 @@ const BASE: &str = "memory file";
 const DIFFERENCES: &str = "memory file of differences";
 const MERGED: &str = "merged memory file";
 
-/// A file of a snapshot in words, for `--describe-snapshot`.
+/// What there is to say of a snapshot, for `--describe-snapshot` and `--verify-snapshot`. Whoever wrote its files finds the
+/// walls up.
 ///
 /// # Errors
-/// When it is none.
-pub fn describe(path: &str) -> Result<String, Error> {
-    let failed = |source| Error::Describe {
-        path: path.to_owned(),
+/// When they are none, or damaged.
+pub fn look(look: &Look) -> Result<String, Error> {
+    let (option, paths) = match &look.what {
+        What::Describe(path) => ("--describe-snapshot", vec![path.as_str()]),
+        What::Verify(state, memory) => ("--verify-snapshot", vec![state.as_str(), memory]),
+    };
+    let failed = |source| Error::Look {
+        option,
+        paths: paths.join(" "),
         source,
     };
-    let file = describe::open(path).map_err(failed)?;
-    // Whoever wrote it finds the walls up.
-    lockdown::lock_down()?;
-    describe::describe(&file).map_err(failed)
+    let files: Vec<File> = match look.handover_fd {
+        Some(number) => {
+            lockdown::lock_down()?;
+            let mut handover = Handover::from_inherited(number)?;
+            let take = |path: &&str| handover.take(path, &[Kind::FileRo]).map(File::from);
+            paths.iter().map(take).collect::<Result<_, _>>()?
+        }
+        None => {
+            let files = paths.iter().map(|path| describe::open(path));
+            let files = files.collect::<Result<_, _>>().map_err(failed)?;
+            lockdown::lock_down()?;
+            files
+        }
+    };
+    match files.as_slice() {
+        [file] => describe::describe(file),
+        [state, memory] => describe::verify(state, memory),
+        // There are one or two paths.
+        _ => Ok(String::new()),
+    }
+    .map_err(failed)
 }
 
 /// Makes `new` of a snapshot's memory and what has changed since, for `--merge-memory`. Both stay as they are, and whatever

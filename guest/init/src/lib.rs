@@ -7,13 +7,18 @@
 //!
 //! What happens in the guest, top to bottom: [`main`] mounts the early file systems, loads the initrd's modules
 //! ([`modules`]), connects to the host, mounts the root and switches to it ([`mounts`]), says `Ready`, takes the `Spec`, runs
-//! the command ([`command`]) while streams and signals flow ([`session`]), and powers off ([`power`]).
+//! the command ([`command`]) while streams and signals flow ([`session`]), and powers off ([`power`]). For a snapshot all
+//! but this process is held ([`freezer`]); a machine that goes on from one connects again ([`link`]) and becomes another one
+//! ([`identity`]) before it lets go.
 
 pub mod button;
 pub mod command;
 pub mod cpus;
+pub mod freezer;
 pub mod hardware;
 pub mod host;
+pub mod identity;
+pub mod link;
 pub mod modules;
 pub mod mounts;
 pub mod parameters;
@@ -21,8 +26,12 @@ pub mod power;
 pub mod protocol;
 pub mod session;
 
+use crate::freezer::Freezer;
+use crate::link::{Again, Link};
 use crate::parameters::Parameters;
-use crate::protocol::{Decoder, Exited, Failed, FailureKind, Frame, Ready, Sender, Spec};
+use crate::protocol::{Exited, Failed, FailureKind, Frame, Identity, Ready, Spec};
+use std::cell::{Cell, OnceCell};
+use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::time::Duration;
 
@@ -66,29 +75,53 @@ pub fn is_init() -> bool {
 
 /// Runs as PID 1 until the guest is powered off.
 pub fn main() -> ! {
-    let mut host = None;
-    if let Err(error) = guest(&mut host) {
+    let host = Host::default();
+    let mut link = None;
+    if let Err(error) = guest(&host, &mut link) {
         say(&error.message);
-        if let Some(host) = host {
+        if let Some(mut link) = link {
             let failed = Failed {
                 kind: error.kind,
                 message: error.message,
             };
-            session::last_frame(&host, &Frame::Failed(failed));
+            link.last_frame(&Frame::Failed(failed));
         }
     }
     power::off()
 }
 
-/// The guest's life. Leaves the connection in `host` when it fails, so that the failure can be reported over it.
-fn guest(host: &mut Option<OwnedFd>) -> Result<(), Error> {
+/// The host of this machine, which is another one after a snapshot.
+#[derive(Default)]
+struct Host {
+    /// `/dev/urandom`, whatever becomes of the name.
+    random: OnceCell<File>,
+    /// It has become another one.
+    is_another: Cell<bool>,
+}
+
+impl Again for Host {
+    fn connect(&self) -> Result<OwnedFd, Error> {
+        host::connect(PATIENCE)
+    }
+
+    fn take(&self, identity: &Identity) -> Result<(), Error> {
+        self.is_another.set(true);
+        identity::take(identity, self.random.get())
+    }
+}
+
+/// The guest's life. Leaves the connection in `link` when it fails, so that the failure can be reported over it.
+fn guest<'a>(host: &'a Host, link: &mut Option<Link<'a>>) -> Result<(), Error> {
     mounts::early()?;
+    if let Ok(random) = File::options().write(true).open("/dev/urandom") {
+        let _ = host.random.set(random);
+    }
     power::ctrl_alt_del_is_a_signal();
     let parameters = Parameters::read()?;
     let problems = modules::load_all()?;
     mounts::prefer_virtio_console();
-    let stream = host::connect(PATIENCE).map_err(|error| with_problems(error, &problems))?;
-    let stream = host.insert(stream);
+    let connected = Link::new(host).map_err(|error| with_problems(error, &problems))?;
+    let link = link.insert(connected);
 
     let root = parameters.root.as_deref().ok_or_else(|| {
         Error::new(
@@ -99,27 +132,24 @@ fn guest(host: &mut Option<OwnedFd>) -> Result<(), Error> {
     mounts::root(root, &parameters, PATIENCE).map_err(|error| with_problems(error, &problems))?;
     host::loopback_up();
 
+    let freezer = Freezer::listen();
     let ready = Ready {
         version: protocol::VERSION,
         kernel: kernel_release(),
     };
-    session::send(stream, &Frame::Ready(ready))?;
-    let mut decoder = Decoder::new(Sender::Host);
-    let spec = session::receive_spec(stream, &mut decoder)?;
-    set_hostname(&spec);
+    link.send(&Frame::Ready(ready), false)?;
+    let spec = link.receive_spec()?;
+    // One that was saved before has another's name already.
+    if !host.is_another.get() {
+        set_hostname(&spec);
+    }
     let signals = session::Signals::block()?;
-    let child = command::spawn(&spec)?;
+    let child = freezer::in_group(|| command::spawn(&spec))?;
     let hardware = hardware::Hardware::listen();
-    let ended = session::run(
-        stream,
-        decoder,
-        child,
-        &signals,
-        &hardware,
-        &power::kill_everyone,
-    )?;
+    let end_all = &power::kill_everyone;
+    let ended = session::run(link, child, &signals, &hardware, freezer, end_all)?;
     if let Some(exited) = ended {
-        session::last_frame(stream, &Frame::Exited(exited));
+        link.last_frame(&Frame::Exited(exited));
     }
     Ok(())
 }

@@ -1,7 +1,9 @@
 //! The conversation between the runtime on the host and init in the guest.
 //!
 //! Init connects to the host's [`PORT`] over vsock and sends [`Ready`]; the host answers with one [`Spec`]; then streams,
-//! window sizes and signals flow until init sends [`Exited`] or [`Failed`] and powers off. Each frame is one type byte, a
+//! window sizes and signals flow until init sends [`Exited`] or [`Failed`] and powers off. In a machine that goes on from a
+//! snapshot the connection is gone: init connects again and sends [`Resumed`]; the host answers with one [`Identity`], and
+//! all goes on from there, the window of standard input being full again. Each frame is one type byte, a
 //! little-endian `u32` length of at most [`MAX_PAYLOAD`], and the payload.
 //!
 //! Both sides treat the other as hostile: a frame of the wrong direction, of an unknown type or too long is an error
@@ -17,12 +19,21 @@ use serde::{Deserialize, Serialize};
 pub const HOST_CID: u32 = 2;
 /// The host's vsock port that init connects to.
 pub const PORT: u32 = 1024;
+/// The guest's vsock port at which the host has everything in it held while it is saved, for as long as it is connected. What
+/// it reads is `F` when all is held, `N` when it could not be.
+pub const FREEZE_PORT: u32 = 1025;
 /// Version of this protocol, in [`Ready`].
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 /// Bytes of a frame's header: type and length.
 pub const HEADER_SIZE: usize = 5;
 /// Greatest length of a frame's payload, in bytes.
 pub const MAX_PAYLOAD: usize = 65536;
+/// Bytes of entropy in an [`Identity`]: twice what the kernel's generator has.
+pub const ENTROPY_BYTES: usize = 64;
+/// Longest host name of Linux (`__NEW_UTS_LEN`).
+const MAX_HOSTNAME: usize = 64;
+/// Most network cards of which an [`Identity`] speaks.
+const MAX_CARDS: usize = 32;
 /// Greatest number of bytes of standard input that the host may have under way.
 pub const STDIN_WINDOW: usize = 256 * 1024;
 
@@ -91,6 +102,43 @@ pub struct Spec {
     /// Group id of the command; 0 when absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub gid: Option<u32>,
+}
+
+/// Who a machine is that goes on from a snapshot, as others may: what makes it another one than they are. Sent by the host
+/// in answer to [`Resumed`], and before the [`Spec`] to a machine that was saved before it was ready.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Identity {
+    /// The guest's host name.
+    pub hostname: String,
+    /// Random bytes that no other machine gets: [`ENTROPY_BYTES`].
+    pub entropy: Vec<u8>,
+    /// Nanoseconds since 1970.
+    pub time: u64,
+    /// Hardware addresses of its network cards, in their order; those of cards beyond them stay.
+    #[serde(default)]
+    pub addresses: Vec<[u8; 6]>,
+}
+
+impl Identity {
+    /// Whether it is one: what it has is bounded, and enough.
+    pub fn is_valid(&self) -> bool {
+        self.entropy.len() == ENTROPY_BYTES
+            && (1..=MAX_HOSTNAME).contains(&self.hostname.len())
+            && self.addresses.len() <= MAX_CARDS
+            // Neither of a group, nor none.
+            && self.addresses.iter().all(|address| address[0] & 1 == 0 && *address != [0; 6])
+    }
+}
+
+/// Init goes on from a snapshot, and waits for its [`Identity`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Resumed {
+    /// [`VERSION`] of the guest's side.
+    pub version: u32,
+    /// Whether the command runs; if not, init waits for the [`Spec`], too.
+    pub running: bool,
 }
 
 /// Init is up and waits for its [`Spec`]: all mounts are in place.
@@ -174,8 +222,12 @@ pub enum Frame {
     },
     /// Host: send this signal to the command's process group.
     Signal(u32),
+    /// Host: who the guest is from now on.
+    Identity(Identity),
     /// Guest: waiting for the [`Spec`].
     Ready(Ready),
+    /// Guest: waiting for the [`Identity`].
+    Resumed(Resumed),
     /// Guest: the command's standard output, or its terminal's output.
     Stdout(Vec<u8>),
     /// Guest: the command's standard error.
@@ -193,12 +245,14 @@ const STDIN: u8 = 2;
 const STDIN_CLOSE: u8 = 3;
 const RESIZE: u8 = 4;
 const SIGNAL: u8 = 5;
+const IDENTITY: u8 = 6;
 const READY: u8 = 16;
 const STDOUT: u8 = 17;
 const STDERR: u8 = 18;
 const EXITED: u8 = 19;
 const FAILED: u8 = 20;
 const STDIN_TAKEN: u8 = 21;
+const RESUMED: u8 = 22;
 
 impl Frame {
     /// Appends the encoded frame to `out`, which is left as it was when the frame is too long.
@@ -213,7 +267,9 @@ impl Frame {
                 put(out, RESIZE, "", &[a, b, c, d])
             }
             Self::Signal(number) => put(out, SIGNAL, "", &number.to_le_bytes()),
+            Self::Identity(identity) => put_json(out, IDENTITY, "the identity", identity),
             Self::Ready(ready) => put_json(out, READY, "ready", ready),
+            Self::Resumed(resumed) => put_json(out, RESUMED, "resumed", resumed),
             Self::Stdout(data) => put(out, STDOUT, "output", data),
             Self::Stderr(data) => put(out, STDERR, "output", data),
             Self::Exited(exited) => put_json(out, EXITED, "exit status", exited),
@@ -242,7 +298,9 @@ impl Frame {
                 }
             }
             SIGNAL => Self::Signal(u32::from_le_bytes(four(kind, payload)?)),
+            IDENTITY => Self::Identity(json(kind, payload)?),
             READY => Self::Ready(json(kind, payload)?),
+            RESUMED => Self::Resumed(json(kind, payload)?),
             STDOUT => Self::Stdout(payload.to_vec()),
             STDERR => Self::Stderr(payload.to_vec()),
             EXITED => Self::Exited(json(kind, payload)?),
@@ -295,8 +353,8 @@ fn check_header(sender: Sender, kind: u8, length: usize) -> Result<(), Error> {
         STDIN => (Sender::Host, true),
         STDIN_CLOSE => (Sender::Host, length == 0),
         RESIZE | SIGNAL => (Sender::Host, length == 4),
-        SPEC => (Sender::Host, true),
-        READY | STDOUT | STDERR | EXITED | FAILED => (Sender::Guest, true),
+        SPEC | IDENTITY => (Sender::Host, true),
+        READY | RESUMED | STDOUT | STDERR | EXITED | FAILED => (Sender::Guest, true),
         STDIN_TAKEN => (Sender::Guest, length == 4),
         _ => return Err(Error::UnknownType(kind)),
     };
@@ -392,6 +450,53 @@ mod tests {
         }
     }
 
+    fn identity() -> Identity {
+        Identity {
+            hostname: "clone-1".into(),
+            entropy: vec![0xa5; ENTROPY_BYTES],
+            time: u64::MAX,
+            addresses: vec![[2, 0, 0, 0, 0, 1]],
+        }
+    }
+
+    #[test]
+    fn an_identity_is_whole() {
+        assert!(identity().is_valid());
+        let long = "x".repeat(MAX_HOSTNAME + 1);
+        for bad in [
+            Identity {
+                hostname: String::new(),
+                ..identity()
+            },
+            Identity {
+                hostname: long,
+                ..identity()
+            },
+            Identity {
+                entropy: vec![1; ENTROPY_BYTES - 1],
+                ..identity()
+            },
+            Identity {
+                entropy: vec![1; 60_000],
+                ..identity()
+            },
+            Identity {
+                addresses: vec![[1, 0, 0, 0, 0, 1]],
+                ..identity()
+            },
+            Identity {
+                addresses: vec![[0; 6]],
+                ..identity()
+            },
+            Identity {
+                addresses: vec![[2; 6]; MAX_CARDS + 1],
+                ..identity()
+            },
+        ] {
+            assert!(!bad.is_valid(), "{bad:?}");
+        }
+    }
+
     #[test]
     fn frames_survive_any_cut() {
         let host = vec![
@@ -404,6 +509,7 @@ mod tests {
             },
             Frame::Signal(15),
             Frame::StdinClose,
+            Frame::Identity(identity()),
         ];
         let guest = vec![
             Frame::Ready(Ready {
@@ -413,6 +519,10 @@ mod tests {
             Frame::Stdout(vec![0; MAX_PAYLOAD]),
             Frame::Stderr(b"x".to_vec()),
             Frame::StdinTaken(5),
+            Frame::Resumed(Resumed {
+                version: VERSION,
+                running: true,
+            }),
             Frame::Exited(Exited::Signal(9)),
             Frame::Failed(Failed {
                 kind: FailureKind::NotFound,
@@ -562,7 +672,7 @@ mod tests {
 
         #[test]
         fn almost_valid_frames_never_panic(
-            kind in prop_oneof![0u8..8, 14u8..24],
+            kind in prop_oneof![0u8..9, 14u8..25],
             payload in proptest::collection::vec(any::<u8>(), 0..200),
             cut in 0usize..220,
         ) {

@@ -4,18 +4,18 @@
 //! no input, or the host takes no output; buffers are bounded, and what does not fit waits at its source.
 
 use crate::command::{self, Child};
+use crate::freezer::Freezer;
 use crate::hardware::Hardware;
-use crate::protocol::{Decoder, Exited, Frame, STDIN_WINDOW};
+use crate::link::{Link, Moved};
+use crate::protocol::{Exited, Frame, STDIN_WINDOW};
 use crate::{Ended, Error, say};
 use nix::errno::Errno;
-use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
-use nix::sys::socket::{Shutdown, shutdown};
 use nix::unistd::Pid;
 use std::collections::VecDeque;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
 /// No more output is taken from the command while that much waits for the host, in bytes.
@@ -27,8 +27,6 @@ const GRACE: Duration = Duration::from_secs(5);
 /// How long output is still awaited when the command and everything else are dead: a process in an uninterruptible
 /// sleep may hold a pipe open.
 const DRAIN: Duration = Duration::from_secs(2);
-/// How long the host may take the last frame and close.
-const FAREWELL: Duration = Duration::from_secs(3);
 
 /// The signals of PID 1, as a descriptor.
 pub struct Signals(SignalFd);
@@ -46,83 +44,8 @@ impl Signals {
     }
 }
 
-/// Sends one frame, blocking. Only before [`run`] and after it.
-pub fn send(stream: &OwnedFd, frame: &Frame) -> Result<(), Error> {
-    let bytes = frame
-        .to_bytes()
-        .map_err(|error| Error::other(error.to_string()))?;
-    let mut rest = bytes.as_slice();
-    while !rest.is_empty() {
-        match nix::unistd::write(stream, rest) {
-            Ok(length) => rest = rest.get(length..).unwrap_or_default(),
-            Err(Errno::EINTR) => {}
-            Err(errno) => {
-                return Err(Error::other(format!(
-                    "the connection to the host broke: {}",
-                    errno.desc()
-                )));
-            }
-        }
-    }
-    Ok(())
-}
-
-/// Waits for what to run.
-pub fn receive_spec(
-    stream: &OwnedFd,
-    decoder: &mut Decoder,
-) -> Result<crate::protocol::Spec, Error> {
-    let mut buffer = vec![0; CHUNK];
-    loop {
-        match decoder
-            .next_frame()
-            .map_err(|error| Error::other(format!("from the host: {error}")))?
-        {
-            Some(Frame::Spec(spec)) => return Ok(spec),
-            Some(_) => {
-                return Err(Error::other(
-                    "from the host: another frame where the command was expected",
-                ));
-            }
-            None => {}
-        }
-        match nix::unistd::read(stream, &mut buffer) {
-            Ok(0) => return Err(Error::other("the host closed the connection")),
-            Ok(length) => decoder.feed(buffer.get(..length).unwrap_or_default()),
-            Err(Errno::EINTR) => {}
-            Err(errno) => {
-                return Err(Error::other(format!(
-                    "the connection to the host broke: {}",
-                    errno.desc()
-                )));
-            }
-        }
-    }
-}
-
-/// Sends the last frame and waits, bounded, until the host has closed: powering off at once could lose it.
-pub fn last_frame(stream: &OwnedFd, frame: &Frame) {
-    let _ = fcntl(stream, FcntlArg::F_SETFL(OFlag::empty()));
-    if send(stream, frame).is_err() || shutdown(stream.as_raw_fd(), Shutdown::Write).is_err() {
-        return;
-    }
-    let deadline = Instant::now() + FAREWELL;
-    let mut buffer = [0; 4096];
-    loop {
-        let mut descriptors = [PollFd::new(stream.as_fd(), PollFlags::POLLIN)];
-        match poll(&mut descriptors, timeout(Some(deadline))) {
-            Ok(0) => return,
-            Ok(_) if !matches!(nix::unistd::read(stream, &mut buffer), Ok(1..)) => return,
-            Ok(_) | Err(Errno::EINTR) => {}
-            Err(_) => return,
-        }
-        if Instant::now() >= deadline {
-            return;
-        }
-    }
-}
-
-fn timeout(deadline: Option<Instant>) -> PollTimeout {
+/// Until when to poll.
+pub(crate) fn timeout(deadline: Option<Instant>) -> PollTimeout {
     let Some(deadline) = deadline else {
         return PollTimeout::NONE;
     };
@@ -136,22 +59,20 @@ fn timeout(deadline: Option<Instant>) -> PollTimeout {
 /// `end_all` kills everything else in the guest once the command itself is gone, as when a container's first process ends.
 /// Returns how it ended, or `None` when the host went away.
 pub fn run(
-    stream: &OwnedFd,
-    decoder: Decoder,
+    link: &mut Link<'_>,
     child: Child,
     signals: &Signals,
     hardware: &Hardware,
+    freezer: Freezer,
     end_all: &dyn Fn(),
 ) -> Result<Ended, Error> {
-    fcntl(stream, FcntlArg::F_SETFL(OFlag::O_NONBLOCK)).map_err(|errno| {
-        Error::other(format!("cannot make the connection non-blocking: {errno}"))
-    })?;
+    link.set_blocking(false)?;
     let pid = child.pid;
     let mut session = Session {
-        stream,
-        decoder,
+        link,
+        freezer,
         child,
-        output: VecDeque::new(),
+        output: Output::default(),
         input: VecDeque::new(),
         taken: 0,
         input_ends: false,
@@ -193,12 +114,59 @@ fn reap() -> Option<(Pid, Exited)> {
     Some((Pid::from_raw(pid), exited))
 }
 
-struct Session<'a> {
-    stream: &'a OwnedFd,
-    decoder: Decoder,
+/// Encoded frames that the host has not taken.
+#[derive(Default)]
+struct Output {
+    frames: VecDeque<Vec<u8>>,
+    /// Bytes of the first that it has.
+    sent: usize,
+    /// Bytes of all.
+    size: usize,
+}
+
+impl Output {
+    fn push(&mut self, frame: Vec<u8>) {
+        self.size = self.size.saturating_add(frame.len());
+        self.frames.push_back(frame);
+    }
+
+    fn is_empty(&self) -> bool {
+        self.frames.is_empty()
+    }
+
+    /// What is to be sent next.
+    fn front(&self) -> &[u8] {
+        let first = self.frames.front().map(Vec::as_slice).unwrap_or_default();
+        first.get(self.sent..).unwrap_or_default()
+    }
+
+    /// The host has taken so much of it.
+    fn advance(&mut self, length: usize) {
+        self.sent = self.sent.saturating_add(length);
+        if self.front().is_empty() {
+            self.drop_first();
+        }
+    }
+
+    fn drop_first(&mut self) {
+        let first = self.frames.pop_front().unwrap_or_default();
+        self.size = self.size.saturating_sub(first.len());
+        self.sent = 0;
+    }
+
+    /// Another host is there. A frame that was begun is the first one's, which has all of it.
+    fn restart(&mut self) {
+        if self.sent > 0 {
+            self.drop_first();
+        }
+    }
+}
+
+struct Session<'a, 'b> {
+    link: &'a mut Link<'b>,
+    freezer: Freezer,
     child: Child,
-    /// Encoded frames that the host has not taken.
-    output: VecDeque<u8>,
+    output: Output,
     /// Input that the command has not taken.
     input: VecDeque<u8>,
     /// Bytes of input taken and not yet reported.
@@ -220,9 +188,10 @@ enum Source {
     Output,
     ErrorOutput,
     Hardware(usize),
+    Freezer,
 }
 
-impl Session<'_> {
+impl Session<'_, '_> {
     fn serve(
         &mut self,
         signals: &Signals,
@@ -255,6 +224,7 @@ impl Session<'_> {
                     Source::Input => self.pass_input(),
                     Source::Output => self.pass_output(false)?,
                     Source::ErrorOutput => self.pass_output(true)?,
+                    Source::Freezer => self.freezer.take(),
                     Source::Hardware(index) => {
                         if hardware.take(index) {
                             self.power_off("power button");
@@ -284,13 +254,13 @@ impl Session<'_> {
         if !self.output.is_empty() {
             host |= PollFlags::POLLOUT;
         }
-        add(Source::Host, self.stream.as_fd(), host);
+        add(Source::Host, self.link.stream.as_fd(), host);
         add(Source::Signals, signals.0.as_fd(), PollFlags::POLLIN);
         if let (Some(stdin), false) = (&self.child.stdin, self.input.is_empty() && !self.input_ends)
         {
             add(Source::Input, stdin.as_fd(), PollFlags::POLLOUT);
         }
-        if self.output.len() < OUTPUT_LIMIT {
+        if self.output.size < OUTPUT_LIMIT {
             if let Some(stdout) = &self.child.stdout {
                 add(Source::Output, stdout.as_fd(), PollFlags::POLLIN);
             }
@@ -300,6 +270,9 @@ impl Session<'_> {
         }
         for (index, descriptor) in hardware.descriptors().enumerate() {
             add(Source::Hardware(index), descriptor, PollFlags::POLLIN);
+        }
+        if let Some(descriptor) = self.freezer.descriptor() {
+            add(Source::Freezer, descriptor, PollFlags::POLLIN);
         }
         // While the host has something to take, it decides how long that lasts.
         let drain_until = self.drain_until.filter(|_| self.output.is_empty());
@@ -324,36 +297,52 @@ impl Session<'_> {
 
     /// Takes from the host and gives to it. False when it went away.
     fn exchange(&mut self, events: PollFlags) -> Result<bool, Error> {
+        let mut moved = Moved::Nothing;
         if events.contains(PollFlags::POLLOUT) {
-            let (front, _) = self.output.as_slices();
-            match nix::unistd::write(self.stream, front) {
-                Ok(length) => {
-                    self.output.drain(..length);
-                    self.progress();
-                }
-                Err(Errno::EAGAIN | Errno::EINTR) => {}
-                Err(_) => return Ok(false),
+            moved = self.link.write(self.output.front());
+            if let Moved::Bytes(length) = moved {
+                self.output.advance(length);
+                self.progress();
             }
+        }
+        if !matches!(moved, Moved::Bytes(_) | Moved::Nothing) {
+            return self.rejoin(&moved);
         }
         if events.contains(PollFlags::POLLIN) {
-            match nix::unistd::read(self.stream, &mut self.chunk) {
-                Ok(0) => return Ok(false),
-                Ok(length) => {
-                    self.decoder
-                        .feed(self.chunk.get(..length).unwrap_or_default());
-                    self.take_frames()?;
-                }
-                Err(Errno::EAGAIN | Errno::EINTR) => {}
-                Err(_) => return Ok(false),
-            }
+            moved = self.link.read(&mut self.chunk);
+            self.take_frames()?;
         } else if events.intersects(PollFlags::POLLHUP | PollFlags::POLLERR) {
+            moved = self.link.error();
+        }
+        match moved {
+            Moved::Bytes(_) | Moved::Nothing => Ok(true),
+            other => self.rejoin(&other),
+        }
+    }
+
+    /// The connection is no more. If this machine goes on from a snapshot, it becomes another one, before anything else of
+    /// the command's goes on: what was held for the snapshot is so until then. False when the host went away.
+    fn rejoin(&mut self, how: &Moved) -> Result<bool, Error> {
+        if !matches!(how, Moved::Lost) {
             return Ok(false);
         }
+        let rejoined = self.link.rejoin(true);
+        if let Err(error) = rejoined {
+            say(&error.message);
+            return Ok(false);
+        }
+        self.link.set_blocking(false)?;
+        self.freezer.let_go();
+        self.output.restart();
+        self.taken = 0;
+        // What came together with the identity.
+        self.take_frames()?;
         Ok(true)
     }
 
     fn take_frames(&mut self) -> Result<(), Error> {
         while let Some(frame) = self
+            .link
             .decoder
             .next_frame()
             .map_err(|error| Error::other(format!("from the host: {error}")))?
@@ -459,7 +448,7 @@ impl Session<'_> {
 
     /// One report for all that was taken since the last, so that reports never pile up.
     fn report_taken(&mut self) {
-        if self.taken > 0 && self.output.len() < OUTPUT_LIMIT {
+        if self.taken > 0 && self.output.size < OUTPUT_LIMIT {
             let frame = Frame::StdinTaken(u32::try_from(self.taken).unwrap_or(u32::MAX));
             self.taken = 0;
             self.queue(&frame);
@@ -501,7 +490,7 @@ impl Session<'_> {
 
     fn queue(&mut self, frame: &Frame) {
         match frame.to_bytes() {
-            Ok(bytes) => self.output.extend(bytes),
+            Ok(bytes) => self.output.push(bytes),
             Err(error) => say(&error.to_string()),
         }
     }

@@ -2,12 +2,17 @@
 //!
 //! It runs without the usual harness: like PID 1, a session blocks signals for its process and reaps every child.
 
+use casemate_init::Error;
 use casemate_init::command;
+use casemate_init::freezer::Freezer;
 use casemate_init::hardware::Hardware;
+use casemate_init::link::{Again, Link};
 use casemate_init::protocol::{
-    Decoder, Exited, FailureKind, Frame, MAX_PAYLOAD, STDIN_WINDOW, Sender, Spec,
+    Decoder, ENTROPY_BYTES, Exited, FailureKind, Frame, Identity, MAX_PAYLOAD, Resumed,
+    STDIN_WINDOW, Sender, Spec, VERSION,
 };
 use casemate_init::session::{self, Signals};
+use std::cell::RefCell;
 use std::io::{Read, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
@@ -37,6 +42,11 @@ fn main() {
         ),
         ("host_goes_away", host_goes_away),
         ("host_talks_nonsense", host_talks_nonsense),
+        (
+            "another_host_after_a_snapshot",
+            another_host_after_a_snapshot,
+        ),
+        ("an_identity_that_is_none", an_identity_that_is_none),
         ("environment_and_directory", environment_and_directory),
         ("failures_have_kinds", failures_have_kinds),
     ];
@@ -63,6 +73,20 @@ struct Host {
 }
 
 impl Host {
+    /// The other side of `stream`, which waits for nothing for ever.
+    fn new(stream: UnixStream) -> Self {
+        stream
+            .set_read_timeout(Some(Duration::from_secs(20)))
+            .unwrap();
+        Self {
+            stream,
+            decoder: Decoder::new(Sender::Guest),
+            stdout: vec![],
+            stderr: vec![],
+            taken: 0,
+        }
+    }
+
     fn send(&mut self, frame: Frame) {
         self.stream.write_all(&frame.to_bytes().unwrap()).unwrap();
     }
@@ -103,7 +127,33 @@ fn shell(script: &str) -> Spec {
     }
 }
 
+/// A machine that never goes on from a snapshot: it connects once.
+struct Alone(RefCell<Option<OwnedFd>>);
+
+impl Again for Alone {
+    fn connect(&self) -> Result<OwnedFd, Error> {
+        let stream = self.0.borrow_mut().take();
+        stream.ok_or_else(|| Error::other("nobody is there"))
+    }
+
+    fn take(&self, _: &Identity) -> Result<(), Error> {
+        Err(Error::other("it is who it is"))
+    }
+}
+
 type Outcome = Result<Option<Exited>, casemate_init::Error>;
+
+/// Runs a command for the host that `again` connects to, and hangs up.
+fn run(signals: &Signals, spec: &Spec, again: &dyn Again) -> Outcome {
+    let child = command::spawn(spec).unwrap();
+    let group = child.pid;
+    let end_all = || {
+        let _ = nix::sys::signal::killpg(group, nix::sys::signal::Signal::SIGKILL);
+    };
+    let mut link = Link::new(again).unwrap();
+    let (hardware, freezer) = (Hardware::default(), Freezer::default());
+    session::run(&mut link, child, signals, &hardware, freezer, &end_all)
+}
 
 /// Runs a command with `host` on the other side, and returns how it ended and what the host has then.
 fn converse(
@@ -112,35 +162,13 @@ fn converse(
     host: impl FnOnce(&mut Host) + Send + 'static,
 ) -> (Outcome, Host) {
     let (guest, stream) = UnixStream::pair().unwrap();
-    stream
-        .set_read_timeout(Some(Duration::from_secs(20)))
-        .unwrap();
-    let child = command::spawn(spec).unwrap();
-    let group = child.pid;
-    let mut side = Host {
-        stream,
-        decoder: Decoder::new(Sender::Guest),
-        stdout: vec![],
-        stderr: vec![],
-        taken: 0,
-    };
+    let mut side = Host::new(stream);
     let thread = thread::spawn(move || {
         host(&mut side);
         side
     });
-    let guest = OwnedFd::from(guest);
-    let end_all = || {
-        let _ = nix::sys::signal::killpg(group, nix::sys::signal::Signal::SIGKILL);
-    };
-    let ended = session::run(
-        &guest,
-        Decoder::new(Sender::Host),
-        child,
-        signals,
-        &Hardware::default(),
-        &end_all,
-    );
-    drop(guest);
+    let again = Alone(RefCell::new(Some(guest.into())));
+    let ended = run(signals, spec, &again);
     (ended, thread.join().unwrap())
 }
 
@@ -307,6 +335,119 @@ fn host_talks_nonsense(signals: &Signals) {
         });
         assert!(ended.is_err(), "{bytes:?}");
         assert!(seen.load(Ordering::Relaxed));
+    }
+}
+
+/// A machine whose hosts are there one after the other. What it was told to be is noted.
+struct Cloned {
+    hosts: RefCell<Vec<OwnedFd>>,
+    identities: RefCell<Vec<Identity>>,
+}
+
+impl Again for Cloned {
+    fn connect(&self) -> Result<OwnedFd, Error> {
+        let next = self.hosts.borrow_mut().pop();
+        next.ok_or_else(|| Error::other("nobody is there"))
+    }
+
+    fn take(&self, identity: &Identity) -> Result<(), Error> {
+        // Longer than the command takes to go on.
+        thread::sleep(Duration::from_millis(300));
+        self.identities.borrow_mut().push(identity.clone());
+        if identity.is_valid() {
+            return Ok(());
+        }
+        Err(Error::other("an identity that is none"))
+    }
+}
+
+fn identity(hostname: &str) -> Identity {
+    Identity {
+        hostname: hostname.into(),
+        entropy: vec![7; ENTROPY_BYTES],
+        ..Identity::default()
+    }
+}
+
+/// Runs `script` on a machine that loses its host, as by a reset of the transport, when it has said something, and has
+/// `second` for the next one.
+fn cloned(
+    signals: &Signals,
+    script: &str,
+    second: impl FnOnce(&mut Host) + Send + 'static,
+) -> (Outcome, Vec<Identity>, Host) {
+    let (old, first) = UnixStream::pair().unwrap();
+    let (new, stream) = UnixStream::pair().unwrap();
+    let again = Cloned {
+        hosts: RefCell::new(vec![new.into(), old.into()]),
+        identities: RefCell::default(),
+    };
+    let thread = thread::spawn(move || {
+        thread::sleep(Duration::from_millis(300));
+        // With something unread: the other side's next call fails with ECONNRESET.
+        drop(first);
+        let mut host = Host::new(stream);
+        second(&mut host);
+        host
+    });
+    let ended = run(signals, &shell(script), &again);
+    let host = thread.join().unwrap();
+    (ended, again.identities.into_inner(), host)
+}
+
+/// Takes the first frame of a machine that goes on from a snapshot.
+fn resumed(host: &mut Host) {
+    let mut byte = [0];
+    let frame = loop {
+        host.stream.read_exact(&mut byte).unwrap();
+        host.decoder.feed(&byte);
+        if let Some(frame) = host.decoder.next_frame().unwrap() {
+            break frame;
+        }
+    };
+    let version = VERSION;
+    assert_eq!(
+        frame,
+        Frame::Resumed(Resumed {
+            version,
+            running: true
+        })
+    );
+    // Until it is told who it is it says nothing more.
+    let brief = Some(Duration::from_millis(300));
+    host.stream.set_read_timeout(brief).unwrap();
+    assert!(host.stream.read(&mut byte).is_err());
+    host.stream
+        .set_read_timeout(Some(Duration::from_secs(20)))
+        .unwrap();
+}
+
+fn another_host_after_a_snapshot(signals: &Signals) {
+    let script = "echo first; read line; echo got $line; exit 4";
+    let (ended, identities, host) = cloned(signals, script, |host| {
+        resumed(host);
+        host.send(Frame::Identity(identity("clone")));
+        host.send(Frame::Stdin(b"word\n".to_vec()));
+        host.read_all();
+    });
+    assert_eq!(ended.unwrap(), Some(Exited::Code(4)));
+    assert_eq!(identities, [identity("clone")]);
+    assert_eq!(host.stdout, b"got word\n");
+}
+
+fn an_identity_that_is_none(signals: &Signals) {
+    let bad = Identity {
+        entropy: vec![1; 8],
+        ..identity("clone")
+    };
+    for frame in [Frame::Identity(bad), Frame::StdinClose, Frame::Signal(9)] {
+        let (ended, _, host) = cloned(signals, "echo first; exec sleep 60", move |host| {
+            resumed(host);
+            host.send(frame);
+            host.read_all();
+        });
+        assert_eq!(ended.unwrap(), None);
+        assert!(host.stdout.is_empty());
     }
 }
 

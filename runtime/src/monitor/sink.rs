@@ -17,6 +17,36 @@ pub struct Sink<F> {
     pending: Vec<u8>,
     start: usize,
     broken: bool,
+    lines: Option<Lines>,
+}
+
+/// Makes whole lines of a stream, each with a prefix: several machines may write to one descriptor.
+#[derive(Debug)]
+struct Lines {
+    prefix: Vec<u8>,
+    /// What of a line has come.
+    begun: Vec<u8>,
+}
+
+impl Lines {
+    fn push(&mut self, bytes: &[u8], out: &mut Vec<u8>) {
+        // One that is longer is cut, so that a line is written at once.
+        let room = CHUNK.saturating_sub(self.prefix.len()).saturating_sub(1);
+        for byte in bytes {
+            if *byte == b'\n' || self.begun.len() >= room {
+                self.end(out);
+            }
+            if *byte != b'\n' {
+                self.begun.push(*byte);
+            }
+        }
+    }
+
+    fn end(&mut self, out: &mut Vec<u8>) {
+        out.extend_from_slice(&self.prefix);
+        out.append(&mut self.begun);
+        out.push(b'\n');
+    }
 }
 
 /// What came of writing.
@@ -36,13 +66,37 @@ impl<F: AsFd> Sink<F> {
             pending: Vec::new(),
             start: 0,
             broken: false,
+            lines: None,
+        }
+    }
+
+    /// Writes whole lines alone, at once each, that begin with `prefix` and a tab, if there is one.
+    #[must_use]
+    pub fn with_prefix(mut self, prefix: Option<&str>) -> Self {
+        self.lines = prefix.map(|prefix| Lines {
+            // A machine's id, or none that would be seen.
+            prefix: format!("{prefix:.64}\t").into_bytes(),
+            begun: Vec::new(),
+        });
+        self
+    }
+
+    /// The stream has ended: what of a line has come is one.
+    pub fn end_line(&mut self) {
+        if let Some(lines) = &mut self.lines
+            && !lines.begun.is_empty()
+            && !self.broken
+        {
+            lines.end(&mut self.pending);
         }
     }
 
     /// Queues bytes; they are dropped when nobody reads any more.
     pub fn push(&mut self, bytes: &[u8]) {
-        if !self.broken {
-            self.pending.extend_from_slice(bytes);
+        match &mut self.lines {
+            _ if self.broken => {}
+            Some(lines) => lines.push(bytes, &mut self.pending),
+            None => self.pending.extend_from_slice(bytes),
         }
     }
 
@@ -59,7 +113,12 @@ impl<F: AsFd> Sink<F> {
     /// Writes one chunk; to be called when the descriptor is ready.
     pub fn flush(&mut self) -> Flushed {
         let rest = self.pending.get(self.start..).unwrap_or_default();
-        let chunk = rest.get(..CHUNK).unwrap_or(rest);
+        let mut chunk = rest.get(..CHUNK).unwrap_or(rest);
+        if self.lines.is_some() {
+            let last = chunk.iter().rposition(|byte| *byte == b'\n');
+            let whole = last.map_or(chunk.len(), |last| last.saturating_add(1));
+            chunk = chunk.get(..whole).unwrap_or(chunk);
+        }
         match write(self.fd.as_fd(), chunk) {
             Ok(written) => {
                 self.start = self.start.saturating_add(written);
@@ -92,6 +151,36 @@ impl<F: AsFd> Sink<F> {
 mod tests {
     use super::*;
     use std::io::Read;
+
+    #[test]
+    fn lines_have_a_prefix_and_are_written_at_once() {
+        let (mut reader, writer) = std::io::pipe().unwrap();
+        let mut sink = Sink::new(writer).with_prefix(Some("m1"));
+        sink.push(b"one\ntw");
+        sink.push(b"o\n\n");
+        sink.push(&vec![b'x'; 2 * CHUNK]);
+        sink.push(b"\nlast");
+        sink.end_line();
+        sink.end_line();
+        let mut all = String::new();
+        while sink.is_waiting() {
+            assert_eq!(sink.flush(), Flushed::Fine);
+            let mut buffer = [0; CHUNK];
+            let count = reader.read(&mut buffer).unwrap();
+            let text = str::from_utf8(&buffer[..count]).unwrap();
+            assert!(text.starts_with("m1\t") && text.ends_with('\n'), "{text}");
+            all.push_str(text);
+        }
+        let lines: Vec<_> = all.lines().collect();
+        assert!(
+            lines.iter().all(|line| line.starts_with("m1\t")),
+            "{lines:?}"
+        );
+        assert_eq!(&lines[..3], ["m1\tone", "m1\ttwo", "m1\t"]);
+        assert_eq!(lines.last(), Some(&"m1\tlast"));
+        assert_eq!(all.matches('x').count(), 2 * CHUNK);
+        assert_eq!(lines.len(), 7);
+    }
 
     #[test]
     fn all_bytes_arrive_in_order() {

@@ -5,7 +5,7 @@
 
 use std::os::fd::{AsRawFd, BorrowedFd};
 
-use casemate_init::protocol::Spec;
+use casemate_init::protocol::{Identity, Spec};
 use nix::errno::Errno;
 use nix::sys::socket::{MsgFlags, recv, send};
 use serde::{Deserialize, Serialize};
@@ -20,6 +20,10 @@ pub struct Setup {
     pub uid: u32,
     /// What to send to the guest's init; none with a bare kernel.
     pub spec: Option<Spec>,
+    /// Who the guest is from now on: it goes on from a snapshot.
+    pub identity: Option<Identity>,
+    /// What each line of its output begins with.
+    pub prefix: Option<String>,
     /// Show the guest's console.
     pub console: ConsoleMode,
     /// Go on where the kernel has no Landlock.

@@ -15,9 +15,9 @@ use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockType, send, socket
 use nix::sys::stat::{Mode, umask};
 
 use super::Error;
+use super::Manner;
 use super::plan::Plan;
 use crate::cgroups::Hierarchies;
-use crate::cli::RunArgs;
 use crate::monitor::wire::{ConsoleMode, Setup};
 use crate::state::Machine;
 use crate::state::process::signal_pid;
@@ -36,8 +36,9 @@ pub struct Children {
 impl Children {
     /// Starts both.
     pub fn start(
-        args: &RunArgs,
         plan: &Plan,
+        manner: &Manner,
+        show_console: bool,
         machine: &mut Machine,
         socket: &Path,
         arguments: Vec<OsString>,
@@ -45,7 +46,7 @@ impl Children {
     ) -> Result<Self, Error> {
         let console = pipe().map_err(Error::system("make a pipe"))?;
         let log = pipe().map_err(Error::system("make a pipe"))?;
-        let input = if args.bare {
+        let input = if plan.spec.is_none() {
             Some(pipe().map_err(Error::system("make a pipe"))?)
         } else {
             None
@@ -64,7 +65,9 @@ impl Children {
         let setup = Setup {
             uid: machine.uid(),
             spec: plan.spec.clone(),
-            console: match (args.bare, args.console) {
+            identity: manner.identity.clone(),
+            prefix: manner.prefix.clone(),
+            console: match (plan.spec.is_none(), show_console) {
                 (true, _) => ConsoleMode::Stdio,
                 (false, true) => ConsoleMode::Stderr,
                 (false, false) => ConsoleMode::Tail,

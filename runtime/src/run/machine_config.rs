@@ -8,7 +8,8 @@ use std::path::Path;
 
 use serde_json::{Value, json};
 
-use super::plan::Plan;
+use super::plan::{Plan, Saved};
+use super::taps::Tap;
 use crate::cgroups::{self, Hierarchies};
 
 /// The vsock device's name: the jailer makes its socket, the broker connects beside it.
@@ -21,6 +22,14 @@ pub const VSOCK_SOCKET: &str = "v.sock";
 const API: &str = "api";
 /// Its file name.
 pub const API_SOCKET: &str = "api.sock";
+/// What the files of a snapshot are called that a machine may make, and of the one that it goes on from.
+pub const SAVED: [&str; 2] = ["saved-state", "saved-memory"];
+/// The latter: the state, and the memory.
+pub const FROM: [&str; 2] = ["state", "memory"];
+/// File names of a snapshot's state and memory.
+pub const FILES: [&str; 2] = ["state", "memory"];
+/// Most bytes of a state (docs/snapshot-format.md), and what a memory file has beside the memory.
+const STATE_BYTES: u64 = 64 << 20;
 /// The guest's vsock address. Every machine has its own device, so all may have the same.
 const GUEST_CID: u32 = 3;
 
@@ -97,6 +106,7 @@ pub fn jailer_arguments(
     uid: u32,
     config: &Path,
     socket: &Path,
+    saved: &Path,
     host: &Hierarchies,
 ) -> Vec<OsString> {
     let mut args = Arguments(Vec::new());
@@ -119,10 +129,26 @@ pub fn jailer_arguments(
         };
         args.option(option, format!("{}={}", limit.file, limit.value));
     }
-    args.grant("--grant-ro", "config", config);
-    args.grant("--grant-ro", "kernel", &plan.kernel);
-    if let Some(initrd) = &plan.initrd {
-        args.grant("--grant-ro", "initrd", initrd);
+    match &plan.from {
+        Some(Saved { state, memory }) => {
+            for (name, path) in FROM.into_iter().zip([state, memory]) {
+                args.grant("--grant-ro", name, path);
+            }
+        }
+        None => {
+            args.grant("--grant-ro", "config", config);
+            args.grant("--grant-ro", "kernel", &plan.kernel);
+            if let Some(initrd) = &plan.initrd {
+                args.grant("--grant-ro", "initrd", initrd);
+            }
+        }
+    }
+    if plan.saveable {
+        // These two files and no others, each bounded: it may not fill the host's disk.
+        for (name, file) in SAVED.into_iter().zip(FILES) {
+            args.grant("--allow-create", name, &saved.join(file));
+        }
+        args.option("--resource-limit", format!("fsize={}", largest_file(plan)));
     }
     for disk in &plan.disks {
         let option = if disk.read_only {
@@ -133,7 +159,12 @@ pub fn jailer_arguments(
         args.grant(option, &disk.name, &disk.path);
     }
     for tap in &plan.taps {
-        args.option("--grant-tap", format!("{}:{}", tap.name, tap.queues));
+        let Tap {
+            name,
+            interface,
+            queues,
+        } = tap;
+        args.option("--grant-tap", format!("{name}={interface}:{queues}"));
     }
     if let Some(metadata) = &plan.metadata {
         args.grant("--grant-ro", METADATA, metadata);
@@ -145,24 +176,33 @@ pub fn jailer_arguments(
         args.grant("--grant-listen", VSOCK, socket);
     }
     // Only where there is something to ask of the running machine.
-    if plan.max_cpus.is_some() {
+    if plan.has_api() {
         args.grant("--grant-api", API, &socket.with_file_name(API_SOCKET));
     }
     if plan.allow_missing_landlock {
         args.flag("--allow-missing=landlock");
     }
     args.flag("--");
-    match plan.max_cpus {
-        Some(_) => args.option("--api-sock", API),
-        None => args.flag("--no-api"),
+    match plan.has_api() {
+        true => args.option("--api-sock", API),
+        false => args.flag("--no-api"),
     }
-    for word in ["--config-file", "config", "--level", "warn"] {
-        args.flag(word);
+    if plan.from.is_none() {
+        args.option("--config-file", "config");
     }
+    args.option("--level", "warn");
     if plan.metadata.is_some() {
         args.option("--metadata", METADATA);
     }
     args.0
+}
+
+/// The size of the largest file that it writes, in bytes: a disk, or its memory in a snapshot.
+fn largest_file(plan: &Plan) -> u64 {
+    let disks = plan.disks.iter().filter(|disk| !disk.read_only);
+    let disks = disks.filter_map(|disk| std::fs::metadata(&disk.path).ok());
+    let memory = (plan.memory_mib << 20).saturating_add(STATE_BYTES);
+    disks.map(|disk| disk.len()).fold(memory, u64::max)
 }
 
 struct Arguments(Vec<OsString>);
@@ -188,7 +228,6 @@ impl Arguments {
 mod tests {
     use super::*;
     use crate::run::plan::Disk;
-    use crate::run::taps::Tap;
 
     fn plan() -> Plan {
         Plan {
@@ -216,6 +255,7 @@ mod tests {
             ],
             taps: vec![Tap {
                 name: "tap7".into(),
+                interface: "tap7".into(),
                 queues: 2,
             }],
             metadata: Some("/m.json".into()),
@@ -224,9 +264,19 @@ mod tests {
             max_cpus: None,
             memory_mib: 256,
             spec: Some(Default::default()),
+            from: None,
+            saveable: false,
             allow_missing_landlock: false,
             allow_missing_cgroup: false,
         }
+    }
+
+    fn words(plan: &Plan) -> String {
+        let (config, socket) = (Path::new("/s/config.json"), Path::new("/s/v.sock"));
+        let hierarchies = Hierarchies::default();
+        let args = jailer_arguments(plan, 1, config, socket, Path::new("/d"), &hierarchies);
+        let args: Vec<_> = args.iter().map(|word| word.to_string_lossy()).collect();
+        args.join(" ")
     }
 
     #[test]
@@ -238,6 +288,7 @@ mod tests {
             900_000,
             Path::new("/s/config.json"),
             Path::new("/s/v.sock"),
+            Path::new("/d"),
             &Hierarchies::default(),
         );
         let args: Vec<_> = args.iter().map(|word| word.to_str().unwrap()).collect();
@@ -247,7 +298,7 @@ mod tests {
         assert!(after("--grant-ro", "kernel=/k/vmlinux"));
         assert!(after("--grant-ro", "initrd=/k/initrd"));
         assert!(after("--grant-ro", "config=/s/config.json"));
-        assert!(after("--grant-tap", "tap7:2"));
+        assert!(after("--grant-tap", "tap7=tap7:2"));
         assert!(after("--grant-ro", "metadata=/m.json"));
         assert!(after("--metadata", "metadata"));
         assert!(after("--grant-listen", "vsock=/s/v.sock"));
@@ -276,17 +327,52 @@ mod tests {
             machine_config(&grows)["machine-config"],
             json!({ "vcpu_count": 2, "max_vcpu_count": 4, "mem_size_mib": 256 })
         );
-        let words = |plan: &Plan| {
-            let (config, socket) = (Path::new("/s/config.json"), Path::new("/s/v.sock"));
-            let args = jailer_arguments(plan, 1, config, socket, &Hierarchies::default());
-            let args: Vec<_> = args.iter().map(|word| word.to_string_lossy()).collect();
-            args.join(" ")
-        };
         let said = words(&grows);
         assert!(said.contains("--grant-api api=/s/api.sock"), "{said}");
         assert!(said.contains("-- --api-sock api --config-file"), "{said}");
         let said = words(&plan());
         assert!(said.contains("-- --no-api --config-file"), "{said}");
+    }
+
+    #[test]
+    fn a_machine_that_can_be_saved_makes_two_bounded_files() {
+        let plan = Plan {
+            saveable: true,
+            ..plan()
+        };
+        let said = words(&plan);
+        let grants = "--allow-create saved-state=/d/state --allow-create saved-memory=/d/memory";
+        assert!(said.contains(grants), "{said}");
+        let limit = (256 + 64) << 20;
+        let limit = format!("--resource-limit fsize={limit}");
+        assert!(said.contains(&limit), "{said}");
+        assert!(said.contains("-- --api-sock api"), "{said}");
+    }
+
+    #[test]
+    fn a_machine_that_goes_on_reads_its_snapshot() {
+        let tap = Tap {
+            name: "tap7".into(),
+            interface: "tap8".into(),
+            queues: 1,
+        };
+        let plan = Plan {
+            from: Some(Saved {
+                state: "/sn/state".into(),
+                memory: "/sn/memory".into(),
+            }),
+            taps: vec![tap],
+            ..plan()
+        };
+        let said = words(&plan);
+        let grants = "--grant-ro state=/sn/state --grant-ro memory=/sn/memory --grant-ro rootfs=";
+        assert!(said.contains(grants), "{said}");
+        assert!(said.contains("--grant-tap tap7=tap8:1"), "{said}");
+        assert!(said.contains("-- --api-sock api --level warn"), "{said}");
+        assert!(
+            !said.contains("kernel=") && !said.contains("config"),
+            "{said}"
+        );
     }
 
     #[test]

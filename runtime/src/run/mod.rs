@@ -6,27 +6,31 @@
 
 mod children;
 mod machine_config;
+pub mod origin;
 mod plan;
+mod resume;
 mod supervise;
-mod taps;
+pub mod taps;
 mod terminal;
 
 use std::io;
 use std::path::{Path, PathBuf};
 
 use casemate_broker::MachineIdError;
+use casemate_init::protocol::Identity;
 use nix::errno::Errno;
+use nix::sys::signalfd::SignalFd;
 
 use crate::cgroups::Hierarchies;
-use crate::cli::RunArgs;
+use crate::cli::{RunArgs, WatchArgs};
 use crate::places::{MissingProgram, Places};
 use crate::state::{self, Machine, Traits, UidRange};
 use crate::{inspect, kernels, layer, rootfs, say};
 use children::Children;
-pub use machine_config::API_SOCKET;
-use plan::Plan;
-pub use plan::is_disk;
-use supervise::{Limits, Supervisor};
+pub use machine_config::{API_SOCKET, FILES, SAVED, VSOCK_SOCKET};
+pub use plan::{Disk, Plan, Saved, check_kvm, is_disk, made_up_id};
+pub use supervise::hold_signals;
+use supervise::{Limits, Outcome, Supervisor};
 
 /// Why nothing was run, or a run could not be seen to its end.
 #[derive(Debug, thiserror::Error)]
@@ -121,6 +125,22 @@ pub enum Error {
     /// The kernel.
     #[error(transparent)]
     Kernel(#[from] kernels::Error),
+    /// Where it would be saved.
+    #[error("--snapshots: {what} {}: {source}", path.display())]
+    Saved {
+        /// What was being done.
+        what: &'static str,
+        /// To what.
+        path: PathBuf,
+        /// Why it failed.
+        source: io::Error,
+    },
+    /// The machine that would go on.
+    #[error("cannot have the VMM go on from the snapshot: {0}")]
+    Load(io::Error),
+    /// It would not.
+    #[error("the VMM refuses the snapshot: {0}")]
+    Refused(String),
     /// The machine's directory.
     #[error(transparent)]
     State(#[from] state::Error),
@@ -155,15 +175,45 @@ impl Error {
     }
 }
 
+/// How a machine is run, beside what it is.
+#[derive(Debug, Default)]
+pub struct Manner {
+    /// Where to write what confines it.
+    pub report: Option<PathBuf>,
+    /// Who it is from now on, if it goes on from a snapshot.
+    pub identity: Option<Identity>,
+    /// What each line of its output begins with.
+    pub prefix: Option<String>,
+}
+
 /// Runs a machine to its end and returns the exit code.
 pub fn run(args: &RunArgs) -> Result<u8, Error> {
     let places = Places::from_env();
-    let range = UidRange::from_env()?;
     let plan = Plan::new(args, &places)?;
+    let manner = Manner {
+        report: args.confinement_report.clone(),
+        ..Manner::default()
+    };
+    let make_layer = |layer: &Path| match args.root_size {
+        Some(size) => layer::make(layer, size).map_err(Error::from),
+        None => Ok(()),
+    };
+    to_its_end(&places, &plan, manner, &args.watch, make_layer)
+}
+
+/// Starts a machine, and sees it to its end; `make_layer` makes its own disk, if it has one. Returns the exit code.
+pub fn to_its_end<E: From<Error>>(
+    places: &Places,
+    plan: &Plan,
+    manner: Manner,
+    watch: &WatchArgs,
+    make_layer: impl FnOnce(&Path) -> Result<(), E>,
+) -> Result<u8, E> {
+    let range = UidRange::from_env().map_err(Error::from)?;
     let hierarchies = Hierarchies::read(Path::new("/"));
     let missing = hierarchies.missing();
     if !missing.is_empty() && !plan.allow_missing_cgroup {
-        return Err(Error::NoController(missing));
+        return Err(Error::NoController(missing).into());
     }
 
     // Signals are held from here on and read from a descriptor: none can end this process before it has cleaned up.
@@ -178,35 +228,72 @@ pub fn run(args: &RunArgs) -> Result<u8, Error> {
             .map(|spec| spec.argv.clone())
             .unwrap_or_default(),
     };
-    let mut machine = Machine::create(&places, &plan.id, range, traits)?;
-    if let Some(size) = args.root_size {
-        layer::make(&places.layer(plan.id.as_str()), size)?;
-    }
-    let config =
-        serde_json::to_vec_pretty(&machine_config::machine_config(&plan)).unwrap_or_default();
-    let config = machine.write("config.json", &config)?;
-    let socket = machine.path(machine_config::VSOCK_SOCKET);
-    let arguments =
-        machine_config::jailer_arguments(&plan, machine.uid(), &config, &socket, &hierarchies);
-
-    let children = Children::start(args, &plan, &mut machine, &socket, arguments, &hierarchies)?;
-    let limits = Limits {
-        timeout: args.timeout,
-        stop_grace: args.stop_grace,
-        boot_timeout: (!args.bare).then_some(args.boot_timeout),
-    };
-    let tty = plan.spec.as_ref().is_some_and(|spec| spec.tty);
-    let supervisor = Supervisor::new(children, signals, limits, args, tty, &machine);
-    // While the guest boots there is time for what killed runs have left.
-    if let Err(error) = state::gc::try_run(&places) {
-        say::warn(format_args!(
-            "cannot collect what killed runs left: {error}"
-        ));
-    }
-    let outcome = supervisor.run()?;
+    let mut machine = Machine::create(places, &plan.id, range, traits).map_err(Error::from)?;
+    make_layer(&places.layer(plan.id.as_str()))?;
+    let outcome = start(
+        places,
+        plan,
+        manner,
+        watch,
+        signals,
+        &mut machine,
+        &hierarchies,
+    )?;
     if outcome.all_ended {
         machine.processes_ended();
     }
     drop(machine);
     Ok(outcome.code)
+}
+
+fn start(
+    places: &Places,
+    plan: &Plan,
+    manner: Manner,
+    watch: &WatchArgs,
+    signals: SignalFd,
+    machine: &mut Machine,
+    hierarchies: &Hierarchies,
+) -> Result<Outcome, Error> {
+    let saved = places.saved(plan.id.as_str());
+    let _saved = match plan.saveable {
+        true => Some(origin::write(plan, machine, &saved)?),
+        false => None,
+    };
+    let config = machine_config::machine_config(plan);
+    let config = serde_json::to_vec_pretty(&config).unwrap_or_default();
+    let config = machine.write("config.json", &config)?;
+    let socket = machine.path(machine_config::VSOCK_SOCKET);
+    let uid = machine.uid();
+    let arguments =
+        machine_config::jailer_arguments(plan, uid, &config, &socket, &saved, hierarchies);
+
+    let mut children = Children::start(
+        plan,
+        &manner,
+        watch.console,
+        machine,
+        &socket,
+        arguments,
+        hierarchies,
+    )?;
+    if plan.from.is_some() {
+        let api = machine.path(API_SOCKET);
+        if let Some(outcome) = resume::resume(plan, &api, &mut children, &signals)? {
+            return Ok(outcome);
+        }
+    }
+    let limits = Limits {
+        timeout: watch.timeout,
+        stop_grace: watch.stop_grace,
+        boot_timeout: plan.spec.is_some().then_some(watch.boot_timeout),
+    };
+    let supervisor = Supervisor::new(children, signals, limits, plan, manner.report, machine);
+    // While the guest boots there is time for what killed runs have left.
+    if let Err(error) = state::gc::try_run(places) {
+        say::warn(format_args!(
+            "cannot collect what killed runs left: {error}"
+        ));
+    }
+    supervisor.run()
 }

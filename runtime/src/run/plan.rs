@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 
 use casemate_broker::MachineId;
 use casemate_init::protocol::{Frame, Spec};
+use serde::{Deserialize, Serialize};
 
 use super::Error;
 use super::taps::{self, Tap};
@@ -26,7 +27,8 @@ const CONSOLE_CMDLINE: &str = "console=hvc0";
 const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
 /// A block device of the guest.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Disk {
     /// Its name in the machine config.
     pub name: String,
@@ -36,6 +38,15 @@ pub struct Disk {
     pub read_only: bool,
     /// Whether what the guest flushes has to reach the host's disk.
     pub durable: bool,
+}
+
+/// The two files that a machine goes on from.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Saved {
+    /// The machine but for its memory.
+    pub state: PathBuf,
+    /// Its memory.
+    pub memory: PathBuf,
 }
 
 /// A machine to be made.
@@ -73,6 +84,10 @@ pub struct Plan {
     pub memory_mib: u64,
     /// The command; none with a bare kernel.
     pub spec: Option<Spec>,
+    /// What it goes on from, if it does not boot.
+    pub from: Option<Saved>,
+    /// Whether it can be saved.
+    pub saveable: bool,
     /// Walls that may be missing.
     pub allow_missing_landlock: bool,
     /// Likewise limits.
@@ -85,6 +100,11 @@ pub fn is_disk(kind: FileType) -> bool {
 }
 
 impl Plan {
+    /// Whether anybody has something to ask of the machine while it runs.
+    pub fn has_api(&self) -> bool {
+        self.max_cpus.is_some() || self.saveable || self.from.is_some()
+    }
+
     /// Checks the arguments, finds the kernel and prepares the root file system.
     pub fn new(args: &RunArgs, places: &Places) -> Result<Self, Error> {
         let id: MachineId = match &args.id {
@@ -133,7 +153,6 @@ impl Plan {
             .map(|path| readable("--initrd", path))
             .transpose()?;
 
-        let may_miss = |wall: &str| args.allow_missing.iter().any(|other| other == wall);
         let mut plan = Self {
             id,
             vmm,
@@ -151,8 +170,10 @@ impl Plan {
             max_cpus: args.max_cpus,
             memory_mib: args.memory,
             spec,
-            allow_missing_landlock: may_miss("landlock"),
-            allow_missing_cgroup: may_miss("cgroup"),
+            from: None,
+            saveable: args.watch.snapshots,
+            allow_missing_landlock: args.watch.may_miss("landlock"),
+            allow_missing_cgroup: args.watch.may_miss("cgroup"),
         };
         if args.bare {
             let file = args.kernel.as_deref().ok_or(Error::BareWithoutKernel)?;
@@ -224,7 +245,7 @@ impl Plan {
 }
 
 /// Eight hexadecimal digits that no other machine is likely to have.
-fn made_up_id() -> Result<MachineId, Error> {
+pub fn made_up_id() -> Result<MachineId, Error> {
     let mut bytes = [0; 4];
     io::Read::read_exact(
         &mut fs::File::open("/dev/urandom")
@@ -236,7 +257,7 @@ fn made_up_id() -> Result<MachineId, Error> {
     Ok(format!("vm-{text}").parse()?)
 }
 
-fn check_kvm() -> Result<(), Error> {
+pub fn check_kvm() -> Result<(), Error> {
     let path = Path::new("/dev/kvm");
     match OpenOptions::new().read(true).write(true).open(path) {
         Ok(_) => Ok(()),
@@ -249,12 +270,12 @@ fn check_kvm() -> Result<(), Error> {
 }
 
 /// The path without symbolic links: the jailer follows none.
-fn resolved(what: &'static str, path: &Path) -> Result<PathBuf, Error> {
+pub(super) fn resolved(what: &'static str, path: &Path) -> Result<PathBuf, Error> {
     fs::canonicalize(path).map_err(Error::file(what, path))
 }
 
 /// A file that can be read, without symbolic links in its path.
-fn readable(what: &'static str, path: &Path) -> Result<PathBuf, Error> {
+pub(super) fn readable(what: &'static str, path: &Path) -> Result<PathBuf, Error> {
     let path = resolved(what, path)?;
     let metadata = fs::metadata(&path).map_err(Error::file(what, &path))?;
     if !metadata.is_file() {

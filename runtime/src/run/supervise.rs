@@ -17,8 +17,8 @@ use nix::sys::signalfd::{SfdFlags, SignalFd};
 
 use super::Error;
 use super::children::Children;
+use super::plan::Plan;
 use super::terminal::{self, RawMode};
-use crate::cli::RunArgs;
 use crate::inspect;
 use crate::monitor::wire::{self, Event, Order, Received};
 use crate::say::warn as say;
@@ -130,8 +130,8 @@ impl Supervisor {
         children: Children,
         signals: SignalFd,
         limits: Limits,
-        args: &RunArgs,
-        tty: bool,
+        plan: &Plan,
+        report: Option<PathBuf>,
         machine: &Machine,
     ) -> Self {
         Self {
@@ -139,9 +139,9 @@ impl Supervisor {
             signals,
             limits,
             started: Instant::now(),
-            bare: args.bare,
-            tty,
-            report: args.confinement_report.clone(),
+            bare: plan.spec.is_none(),
+            tty: plan.spec.as_ref().is_some_and(|spec| spec.tty),
+            report,
             report_error: None,
             id: machine.id().to_string(),
             uid: machine.uid(),
@@ -382,6 +382,11 @@ impl Supervisor {
             self.raw = RawMode::enter();
         }
         self.order(Order::Go);
+        if self.tty {
+            // Of one that goes on from a snapshot: it has the size that another terminal had.
+            let (rows, cols) = terminal::size();
+            self.order(Order::Resize { rows, cols });
+        }
     }
 
     /// The machine is sealed and the command waits, so this is what confines the command.

@@ -3,6 +3,8 @@
 use std::collections::BTreeSet;
 use std::path::Path;
 
+use serde::{Deserialize, Serialize};
+
 use super::Error;
 
 /// Longest name of a network interface (`IFNAMSIZ` without the final zero).
@@ -11,10 +13,13 @@ const MAX_INTERFACE: usize = 15;
 const MAX_QUEUES: u8 = 8;
 
 /// A tap interface.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Tap {
-    /// Its name.
+    /// What the machine config calls it: the interface itself, or that of the machine that was saved.
     pub name: String,
+    /// The interface.
+    pub interface: String,
     /// How many of its queues the machine uses.
     pub queues: u8,
 }
@@ -61,6 +66,7 @@ fn tap(word: &str) -> Result<Tap, Error> {
     }
     Ok(Tap {
         name: name.to_owned(),
+        interface: name.to_owned(),
         queues,
     })
 }

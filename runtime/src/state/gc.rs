@@ -13,6 +13,8 @@ use super::{Error, Record, is_live, lock_all, read_record, try_lock, try_lock_al
 use crate::cgroups::Hierarchies;
 use crate::layer;
 use crate::places::Places;
+use crate::run::origin;
+use crate::snapshot;
 
 /// How long killed processes may take to be gone.
 pub(super) const KILL_BOUND: Duration = Duration::from_secs(3);
@@ -65,6 +67,7 @@ pub(super) fn collect_all(places: &Places, patience: Duration) -> Result<Vec<Str
         }
     }
     uids::release_orphans(places);
+    snapshot::collect(places);
     collected.sort();
     Ok(collected)
 }
@@ -127,6 +130,7 @@ pub(super) fn remove(
     if let Some(name) = directory.file_name().and_then(|name| name.to_str()) {
         remove_cgroups(name, patience);
         layer::remove(&places.layer(name));
+        origin::remove(&places.saved(name));
     }
     // While the directory is there, and its lock is ours, nobody else gives this number back.
     if let Some(record) = record {

@@ -26,6 +26,7 @@ mod pmem;
 mod runtime;
 mod serial;
 mod snapshot;
+mod snapshot_commands;
 mod vhost_user;
 mod vsock;
 

@@ -1,6 +1,7 @@
 //! The linux tier: an unmodified distribution kernel, driven as a user would drive it.
 
 mod cgroups;
+mod clones;
 mod debugger;
 mod devices;
 mod discard;

@@ -179,3 +179,14 @@ fn read<T: DeserializeOwned>(section: &Section) -> Result<T, Error> {
         source,
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::snapshot::describe::kind;
+
+    #[test]
+    fn kinds_are_called_what_they_are() {
+        assert_eq!([MACHINE, VCPU, VM].map(kind), ["machine", "vcpu", "vm"]);
+    }
+}

@@ -1,4 +1,4 @@
-//! A file of a snapshot in words, for `--describe-snapshot`.
+//! A file of a snapshot in words, for `--describe-snapshot`; both, read to their last byte, for `--verify-snapshot`.
 
 use std::fs::File;
 use std::io;
@@ -6,8 +6,12 @@ use std::os::unix::fs::OpenOptionsExt as _;
 
 use thiserror::Error;
 
+use super::SnapshotId;
 use super::format::{self, Role, read_as};
 use super::memory::{self, PAGE, trailer};
+
+/// What sections are called, by their kinds: those of a machine's state.
+const KINDS: [(u32, &str); 3] = [(1, "machine"), (2, "vcpu"), (3, "vm")];
 
 /// Why a file is not described.
 #[derive(Debug, Error)]
@@ -21,6 +25,14 @@ pub enum Error {
     /// It is a memory file that is not whole.
     #[error(transparent)]
     Memory(memory::Error),
+    /// The two files are of two snapshots.
+    #[error("the state file is that of snapshot {state}, the memory file that of {memory}")]
+    Two {
+        /// Whose the state is.
+        state: SnapshotId,
+        /// Whose the memory is.
+        memory: SnapshotId,
+    },
 }
 
 /// Opens what is to be described, and waits for nobody: it may be anything.
@@ -50,14 +62,39 @@ pub fn describe(file: &File) -> Result<String, Error> {
     let mut lines = vec![version.to_string(), format!("state of snapshot {id}")];
     lines.extend(sections.iter().map(|section| {
         format!(
-            "section of kind {}, index {}, version {}: {} bytes",
-            section.kind,
+            "section {}, index {}, version {}: {} bytes",
+            kind(section.kind),
             section.index,
             section.version,
             section.payload.len()
         )
     }));
     Ok(lines.join("\n") + "\n")
+}
+
+/// A kind of sections in a word.
+pub fn kind(number: u32) -> String {
+    let known = KINDS.iter().find(|(kind, _)| *kind == number);
+    known.map_or_else(
+        || format!("of kind {number}"),
+        |(_, name)| (*name).to_owned(),
+    )
+}
+
+/// Reads all of both files, and compares them with their checksums and with each other.
+///
+/// # Errors
+/// What is wrong with the first that is.
+pub fn verify(state: &File, memory: &File) -> Result<String, Error> {
+    let (id, _) = format::read(state)?;
+    let found = memory::verify(memory).map_err(Error::Memory)?;
+    if found.id != id {
+        return Err(Error::Two {
+            state: id,
+            memory: found.id,
+        });
+    }
+    Ok(format!("snapshot {id}: {} pages are whole\n", found.pages))
 }
 
 /// The same of the other file; `none` where it is not that either.
@@ -85,11 +122,14 @@ fn describe_memory(file: &File, none: format::Error) -> Result<String, Error> {
 #[cfg(test)]
 mod tests {
     use std::io::Write as _;
+    use std::os::unix::fs::FileExt as _;
+
+    use vm_memory::{Bytes as _, GuestAddress};
 
     use super::*;
     use crate::memory::allocate;
     use crate::memory::touched::Untouched;
-    use crate::snapshot::{Section, SnapshotId};
+    use crate::snapshot::Section;
 
     const ID: SnapshotId = SnapshotId::from_bytes([0xab; 16]);
     const BASE: SnapshotId = SnapshotId::from_bytes([1; 16]);
@@ -116,7 +156,7 @@ mod tests {
             describe(&file).unwrap(),
             "v1.0.0\n\
              state of snapshot abababababababababababababababab\n\
-             section of kind 1, index 0, version 3: 5 bytes\n\
+             section machine, index 0, version 3: 5 bytes\n\
              section of kind 4, index 2, version 3: 5 bytes\n"
         );
         assert!(refused(&bytes[..100]).contains("cut off"));
@@ -146,6 +186,27 @@ mod tests {
             describe(&file).unwrap_err().to_string(),
             "it is no snapshot of Casemate's"
         );
+    }
+
+    #[test]
+    fn both_files_are_read_to_the_last_byte() {
+        let state = |id| {
+            let mut file = tempfile::tempfile().unwrap();
+            file.write_all(&format::encode(id, &[]).unwrap()).unwrap();
+            file
+        };
+        let guest = allocate(1 << 20).unwrap();
+        guest.write_slice(&[7; 9000], GuestAddress(8192)).unwrap();
+        let file = tempfile::tempfile().unwrap();
+        memory::write(&guest, Untouched::Mapped, &file, ID).unwrap();
+        let whole = format!("snapshot {ID}: 3 pages are whole\n");
+        assert_eq!(verify(&state(ID), &file).unwrap(), whole);
+        let error = verify(&state(BASE), &file).unwrap_err().to_string();
+        let names = [ID, BASE].map(|id| id.to_string());
+        assert!(names.iter().all(|id| error.contains(id)), "{error}");
+        file.write_all_at(&[8], 8200).unwrap();
+        let error = verify(&state(ID), &file).unwrap_err().to_string();
+        assert!(error.contains("damaged"), "{error}");
     }
 
     #[test]

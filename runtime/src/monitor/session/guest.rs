@@ -54,7 +54,18 @@ impl Session {
     fn take_frame(&mut self, frame: Frame) {
         match (frame, &self.phase) {
             (Frame::Ready(ready), Phase::Booting) if ready.version == VERSION => {
+                self.identify();
                 self.phase = Phase::Waiting;
+                self.report(Event::Ready);
+            }
+            (Frame::Resumed(resumed), Phase::Booting)
+                if resumed.version == VERSION && !self.identity.is_empty() =>
+            {
+                self.identify();
+                self.phase = match resumed.running {
+                    true => Phase::Running,
+                    false => Phase::Waiting,
+                };
                 self.report(Event::Ready);
             }
             (Frame::Stdout(data), Phase::Running) => self.stdout.push(&data),
@@ -78,8 +89,20 @@ impl Session {
                     ready.version
                 ));
             }
+            (Frame::Resumed(resumed), _) if resumed.version != VERSION => {
+                self.protest(&format!(
+                    "its init, as it was saved, speaks version {} of the protocol, not {VERSION}",
+                    resumed.version
+                ));
+            }
             _ => self.protest(&"a message out of turn"),
         }
+    }
+
+    /// Tells the guest who it is, if it goes on from a snapshot. Nothing else is sent to it before.
+    fn identify(&mut self) {
+        let identity = std::mem::take(&mut self.identity);
+        self.to_guest.extend_from_slice(&identity);
     }
 
     fn fail(&mut self, failed: &Failed) {

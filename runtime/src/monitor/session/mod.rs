@@ -78,6 +78,8 @@ pub struct Session {
     to_guest: Vec<u8>,
     phase: Phase,
     spec: Vec<u8>,
+    /// Who a guest is from now on that goes on from a snapshot.
+    identity: Vec<u8>,
     mode: ConsoleMode,
     neutral_stdout: bool,
     tail: Tail,
@@ -100,6 +102,10 @@ impl Session {
             .clone()
             .map(|spec: Spec| Frame::Spec(spec).to_bytes())
             .transpose()?;
+        let identity = setup.identity.clone();
+        let identity = identity.map(|identity| Frame::Identity(identity).to_bytes());
+        let identity = identity.transpose()?;
+        let prefix = setup.prefix.as_deref();
         let console_input = streams.console_input.take().map(Sink::new);
         Ok(Self {
             streams,
@@ -110,6 +116,7 @@ impl Session {
             to_guest: Vec::new(),
             phase: Phase::Booting,
             spec: spec.unwrap_or_default(),
+            identity: identity.unwrap_or_default(),
             mode: setup.console,
             neutral_stdout: std::io::stdout().is_terminal(),
             tail: Tail::default(),
@@ -117,8 +124,8 @@ impl Session {
             stdin: std::io::stdin(),
             stdin_open: true,
             window: STDIN_WINDOW,
-            stdout: Sink::new(std::io::stdout()),
-            stderr: Sink::new(std::io::stderr()),
+            stdout: Sink::new(std::io::stdout()).with_prefix(prefix),
+            stderr: Sink::new(std::io::stderr()).with_prefix(prefix),
             console_input,
             finish: None,
         })
@@ -410,6 +417,8 @@ impl Session {
                 self.stderr.push(b"---\n");
             }
         }
+        self.stdout.end_line();
+        self.stderr.end_line();
         !self.stdout.is_waiting() && !self.stderr.is_waiting()
     }
 }
