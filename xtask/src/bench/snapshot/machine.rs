@@ -179,8 +179,21 @@ impl Machine {
     /// # Errors
     /// When that is refused.
     pub fn load(&mut self, snapshot: &Snapshot) -> Result<()> {
-        self.client.send(&load_request(snapshot)?)?;
+        self.client.send(&load_request(snapshot, true)?)?;
         self.client.done()
+    }
+
+    /// Loads `snapshot`, whose guest never stops talking, lets it wait, and has it go on: how long it takes from that request
+    /// until the guest is heard.
+    ///
+    /// # Errors
+    /// When that is refused, or somebody else than the guest says something.
+    pub fn resume_and_hear(&mut self, snapshot: &Snapshot) -> Result<Duration> {
+        self.client.send(&load_request(snapshot, false)?)?;
+        self.client.done()?;
+        thread::sleep(SETTLED);
+        let resumed = Client::request("PATCH", "/vm", &json!({ "state": "Resumed" }));
+        self.ask_and_hear(&resumed).map(|(took, _)| took)
     }
 
     /// Has it go on from `snapshot`, whose guest never stops talking: how long it takes until the guest is heard, from
@@ -189,12 +202,15 @@ impl Machine {
     /// # Errors
     /// When that is refused, or somebody else than the guest says something.
     pub fn load_and_hear(&mut self, snapshot: &Snapshot) -> Result<(Duration, Duration)> {
-        let request = load_request(snapshot)?;
+        self.ask_and_hear(&load_request(snapshot, true)?)
+    }
+
+    fn ask_and_hear(&mut self, request: &[u8]) -> Result<(Duration, Duration)> {
         if self.is_heard(PollTimeout::ZERO, false)? {
             bail!("the VMM itself wrote to its guest's console");
         }
         let start = Instant::now();
-        self.client.send(&request)?;
+        self.client.send(request)?;
         // An answer that comes first is to be a good one.
         if !self.is_heard(patience()?, true)? {
             self.client.done()?;
@@ -309,12 +325,12 @@ fn command(
     Ok(command)
 }
 
-fn load_request(snapshot: &Snapshot) -> Result<Vec<u8>> {
+fn load_request(snapshot: &Snapshot, resume: bool) -> Result<Vec<u8>> {
     let memory = json!({ "backend_type": "File", "backend_path": text(&snapshot.memory)? });
     let body = json!({
         "snapshot_path": text(&snapshot.state)?,
         "mem_backend": memory,
-        "resume_vm": true,
+        "resume_vm": resume,
     });
     Ok(Client::request("PUT", "/snapshot/load", &body))
 }

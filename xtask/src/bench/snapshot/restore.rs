@@ -15,6 +15,7 @@ pub struct Restore {
     load: Row,
     start: Row,
     jailed: Row,
+    ready: Row,
     ours: Snapshot,
     peer: Option<Snapshot>,
 }
@@ -34,6 +35,8 @@ impl Restore {
                 .at_most(4.5)
                 .at_most_of_peer(0.4),
             jailed: Row::new("the same with the jailer", "ms").at_most(8.0),
+            ready: Row::new("loaded in a jail, and waiting: from its resumption", "ms")
+                .at_most(1.5),
             ours: save(Contestant::Ours)?,
             peer: bench.with_peer(|| save(Contestant::Peer))?,
         })
@@ -57,11 +60,19 @@ impl Subject for Restore {
         self.load.push(load, peer.map(|[load, _]| load));
         self.start.push(start, peer.map(|[_, start]| start));
         self.jailed.push(milliseconds(jailed), None);
+        let mut waits = bench.waiting(Contestant::Jailed, "load", &self.ours)?;
+        let ready = waits.resume_and_hear(&self.ours)?;
+        self.ready.push(milliseconds(ready), None);
         Ok(())
     }
 
     fn rows(&mut self) -> Vec<&mut Row> {
-        vec![&mut self.load, &mut self.start, &mut self.jailed]
+        vec![
+            &mut self.load,
+            &mut self.start,
+            &mut self.jailed,
+            &mut self.ready,
+        ]
     }
 }
 
