@@ -92,6 +92,13 @@ impl RunningMachine {
         held.send(self.written())
     }
 
+    /// Tells whoever waits for a word to go on that the machine stays.
+    pub fn call_back(&self) {
+        if let Some(saver) = &self.saver {
+            saver.tell(Order::Word(Word::Stay));
+        }
+    }
+
     /// It stays. What the guest writes is kept no longer, unless its config wants that.
     pub fn stay(&self, config: &Config) {
         if !config.machine_config.track_dirty_pages

@@ -233,7 +233,7 @@ impl Keeper {
                 },
                 // Nothing is being sent any more, and whoever stopped the guest for it shall know.
                 Some(Order::Word(Word::Stopped(..))) => Err(moving::Error::Cancelled.into()),
-                Some(Order::Word(Word::Round(_))) => continue,
+                Some(Order::Word(Word::Round(_) | Word::Stay)) => continue,
                 Some(Order::Save(job)) => self.save(*job),
                 Some(Order::Record(file)) => self.record(&file),
             };

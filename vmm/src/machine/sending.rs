@@ -51,6 +51,8 @@ pub(super) enum Word {
     Round(Bitmaps),
     /// The guest stands still. This is the machine, and what was written until then.
     Stopped(Box<MachineState>, Bitmaps),
+    /// It stays.
+    Stay,
 }
 
 /// Adds the bits of `more`.
@@ -110,7 +112,7 @@ impl Sending<'_> {
             self.way.announce(Phase::WantsRound);
             pages = match wait()? {
                 Word::Round(ours) => self.written(ours)?,
-                Word::Stopped(..) => return Err(Error::Cancelled),
+                Word::Stopped(..) | Word::Stay => return Err(Error::Cancelled),
             };
             let left = count(&pages);
             self.way.update(|progress| {
@@ -132,7 +134,7 @@ impl Sending<'_> {
                 add(&mut pages, &self.written(ours)?);
                 self.finish(*machine, &pages)
             }
-            Word::Round(_) => Err(Error::Cancelled),
+            Word::Round(_) | Word::Stay => Err(Error::Cancelled),
         }
     }
 

@@ -189,7 +189,7 @@ impl Desk {
                 way.update(|progress| progress.phase = Phase::Copying);
                 if let Err(error) = machine.next_round(&self.config) {
                     warn!("the machine does not go: {error}");
-                    way.cancel();
+                    machine.call_back();
                 }
             }
             Phase::WantsStop => self.stop_and_go(machine),
@@ -209,15 +209,15 @@ impl Desk {
         };
         way.update(|progress| progress.phase = Phase::Stopped);
         let start = Instant::now();
-        let gone = match self.pause(machine) {
-            Ok(()) => machine.go(&self.config),
-            Err(fault) => {
-                way.cancel();
-                // Whoever waits for this word finds that out.
-                let _ = machine.next_round(&self.config);
-                return warn!("the machine stays here: {fault}");
-            }
-        };
+        if let Err(fault) = self.pause(machine) {
+            machine.call_back();
+            return warn!("the machine stays here: {fault}");
+        }
+        if machine.panel.ends.announced().is_some() {
+            // It ended with its last instruction here: there is nothing that could go on elsewhere.
+            return machine.call_back();
+        }
+        let gone = machine.go(&self.config);
         let stood_still = start.elapsed();
         way.update(|progress| {
             progress.downtime_us = u64::try_from(stood_still.as_micros()).ok();
@@ -238,6 +238,8 @@ impl Desk {
                 self.moving = Moving::Stranded(stranded);
             }
             Err((error, None)) => {
+                // If the devices do not rest, somebody still waits.
+                machine.call_back();
                 machine.resume();
                 self.paused = false;
                 way.announce(Phase::Failed);
