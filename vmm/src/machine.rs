@@ -519,7 +519,15 @@ impl Machine {
         lockdown::enter(Role::Control, Stage::Sealed)?;
         let registers = self.panel.vcpus.clone();
         let is_restored = self.restored.is_some();
-        self.devices.restore(self.restored.unwrap_or_default())?;
+        let restored = self.restored.unwrap_or_default();
+        // What its driver has asked for is done where the machine still is, as long as it is not here.
+        let resting = match self.is_moved {
+            true => self.devices.restore_held(restored)?,
+            false => {
+                self.devices.restore(restored)?;
+                None
+            }
+        };
         let running = RunningMachine {
             panel: self.panel,
             hotplug: self.hotplug,
@@ -531,6 +539,7 @@ impl Machine {
             windows: self.windows,
             saver,
             way,
+            resting,
             memory,
             working_set: self.working_set,
             _page_handler: self.page_handler,

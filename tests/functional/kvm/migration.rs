@@ -250,6 +250,25 @@ fn what_cannot_move_is_refused() {
         let answer = String::from_utf8_lossy(&answer);
         assert!(answer.contains(words), "{words:?} not in {answer:?}");
     }
+    // A drive that is written to.
+    let vm = probe("probe.task=tick")
+        .drive("disk", &pair.disk, false)
+        .unjailed();
+    let config = vm.config().clone();
+    let mut writer = Machine::new(vm);
+    writer.describe(&config);
+    let drive = config["drives"][0].clone();
+    // The other one has it as it is.
+    let copy = pair.disk.with_extension("copy");
+    std::fs::copy(&pair.disk, &copy).unwrap();
+    let mut own = drive;
+    own["path_on_host"] = json!(copy);
+    writer.put("/drives/disk", own).assert_done();
+    writer.start();
+    writer
+        .put("/migration/send", json!({}))
+        .assert_refused("drive disk stays where it is");
+    writer.kill();
     // A disk that is not there.
     std::fs::remove_file(&pair.disk).unwrap();
     let vm = rounds(&pair.disk, "", false);

@@ -96,16 +96,16 @@ impl ClockPage {
         };
     }
 
-    /// Says that time has jumped and that the machine may be one of several, and tells the guest. To be called
-    /// before the guest runs on.
+    /// Says that time has jumped, and, if it `is_another`, that the machine may be one of several, and tells the guest. To be
+    /// called before the guest runs on.
     ///
     /// # Errors
     /// When there is no memory for it.
-    pub fn disrupt(&self) -> Result<(), Error> {
+    pub fn disrupt(&self, is_another: bool) -> Result<(), Error> {
         {
             let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
             state.disruption = state.disruption.wrapping_add(1);
-            state.generation = state.generation.wrapping_add(1);
+            state.generation = state.generation.wrapping_add(is_another.into());
             // An odd sequence number says that the fields are being written: those who read them then,
             // or see another number afterwards, read them again.
             self.sequence(state.sequence.wrapping_add(1))?;
@@ -176,7 +176,7 @@ mod tests {
         let (page, memory, events) = page();
         let mut expected = bytes(&memory);
         for count in 1..=3_u8 {
-            page.disrupt().unwrap();
+            page.disrupt(true).unwrap();
             (expected[12], expected[16], expected[104]) = (2 * count, count, count);
             assert_eq!(bytes(&memory), expected);
             let mut pending = [0; 4];
@@ -190,7 +190,7 @@ mod tests {
         let (page, memory, _) = page();
         let start = GuestAddress(layout::CLOCK_START);
         memory.write_slice(&[0xff; 112], start).unwrap();
-        page.disrupt().unwrap();
+        page.disrupt(true).unwrap();
         let bytes = bytes(&memory);
         assert_eq!(bytes[12..24], [2, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0]);
         assert_eq!(bytes[104..], [1, 0, 0, 0, 0, 0, 0, 0]);
@@ -216,7 +216,7 @@ mod tests {
                 }
             });
             for _ in 0..100_000 {
-                page.disrupt().unwrap();
+                page.disrupt(true).unwrap();
             }
             done.store(true, Ordering::Release);
             reader.join().unwrap();

@@ -49,6 +49,11 @@ impl Generation {
         Ok(generation)
     }
 
+    /// Of a machine that has one in its memory, and keeps it.
+    pub fn kept(memory: GuestMemory, events: Arc<AcpiRegisters>) -> Self {
+        Self { memory, events }
+    }
+
     /// Makes the machine another one, and tells the guest. To be called before the guest runs on.
     ///
     /// # Errors

@@ -16,6 +16,9 @@ use crate::snapshot::format::{self, MAX_STATE};
 use crate::snapshot::memory::{PAGE, regions};
 use crate::snapshot::stream::whole_pages;
 
+/// Most pages that become zero by one frame.
+const MOST_ZEROES: u64 = 64;
+
 /// What has come of it.
 pub struct Arrival {
     memory: GuestMemory,
@@ -56,11 +59,14 @@ impl Arrival {
         self.write(bytes, address)
     }
 
-    /// Takes note that so many pages have become zero.
+    /// Takes note that so many pages, 64 at most, have become zero.
     ///
     /// # Errors
     /// When there are no such pages.
     pub fn zeroes(&self, first: u64, count: u64) -> Result<(), Error> {
+        if count > MOST_ZEROES {
+            return Err(RestoreError::Nonsense("pages").into());
+        }
         let address = self.address(first, count)?;
         let mut at = address.0;
         let end = at.saturating_add(count.saturating_mul(PAGE));

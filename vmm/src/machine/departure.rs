@@ -8,11 +8,12 @@ use vm_memory::{GuestMemoryBackend as _, GuestMemoryRegion as _};
 use super::RunningMachine;
 use super::devices::DeviceName;
 use super::moving::{Limits, Offer, Way};
-use super::saving::{Error, Order, Stranded};
+use super::saving::{Error, HeldMachine, Order, Stranded};
 use super::sending::{Bitmaps, Departure, Word};
 use crate::config::Config;
 use crate::memory::dirty;
 use crate::snapshot::memory::{Written, regions};
+use crate::virtio::worker::Held;
 
 impl RunningMachine {
     /// How far the machine's way to another VMM is, where it can go.
@@ -26,13 +27,33 @@ impl RunningMachine {
     /// When it has something that cannot.
     pub fn may_depart(&self, config: &Config) -> Result<(), Error> {
         if let Some(pmem) = config.pmem.first() {
-            return Err(Error::Obstacle {
+            return Err(Error::Stays {
                 device: DeviceName::Pmem(pmem.id.clone()),
                 why: "what the guest wrote to its file may be anywhere between here and the disk",
             });
         }
-        drop(self.hold(config)?);
+        drop(self.rest()?);
+        let written = config.drives.iter().find(|drive| !drive.is_read_only);
+        if let Some(drive) = written {
+            return Err(Error::Stays {
+                device: DeviceName::Drive(drive.drive_id.clone()),
+                why: "it is written to, and who moves has neither its lock nor what is not on the disk yet",
+            });
+        }
         Ok(())
+    }
+
+    /// Has the devices rest for a moment, while vCPUs run: nothing that those might hold is waited for.
+    fn rest(&self) -> Result<Option<Held>, Error> {
+        let held = self.devices.hold();
+        let (saved, held) = held.map_err(|()| Error::NoThread("device"))?;
+        for saved in saved {
+            if let (Some(why), Some(device)) = (saved.obstacle, self.devices.name(saved.index)) {
+                let device = device.clone();
+                return Err(Error::Obstacle { device, why });
+            }
+        }
+        Ok(held)
     }
 
     /// Begins to send the machine, which runs on, over `socket`.
@@ -45,11 +66,14 @@ impl RunningMachine {
             return Err(Error::NoSaver);
         };
         // Nothing is under way that was not marked.
-        let held = self.hold(config)?;
+        let held = self.rest()?;
         for region in self.memory.iter() {
             dirty::of(region).start(usize::try_from(region.len()).unwrap_or(usize::MAX));
         }
-        self.vm.log_writes(true).map_err(Error::Log)?;
+        if let Err(error) = self.vm.log_writes(true) {
+            self.stay(config);
+            return Err(Error::Log(error));
+        }
         let written = self.written();
         drop(held);
         way.begin();
@@ -73,22 +97,21 @@ impl RunningMachine {
     ///
     /// # Errors
     /// When the devices do not rest.
-    pub fn next_round(&self, config: &Config) -> Result<(), Error> {
+    pub fn next_round(&self) -> Result<(), Error> {
         let saver = self.saver.as_ref().ok_or(Error::NoSaver)?;
         // What is under way now is marked, and would not be again.
-        let held = self.hold(config)?;
+        let held = self.rest()?;
         let written = self.written();
         drop(held);
         saver.tell(Order::Word(Word::Round(written)));
         Ok(())
     }
 
-    /// The guest stands still: sends the rest, and has the machine run at the other end.
+    /// The guest stands still: sends the rest of the machine, which is held, and has it run at the other end.
     ///
     /// # Errors
     /// When that fails: the machine may go on here, unless [`Stranded`] says that it may run there.
-    pub fn go(&self, config: &Config) -> Result<Written, (Error, Option<Stranded>)> {
-        let held = self.hold(config).map_err(|error| (error, None))?;
+    pub fn go(&self, held: HeldMachine<'_>) -> Result<Written, (Error, Option<Stranded>)> {
         held.send(self.written())
     }
 

@@ -117,6 +117,17 @@ impl Devices {
         }
     }
 
+    /// The same, but they touch nothing until what this returns is dropped.
+    pub(super) fn restore_held(
+        &self,
+        devices: Vec<Restored>,
+    ) -> Result<Option<Held>, RestoreFailed> {
+        match &self.worker {
+            Some(worker) => worker.restore_held(devices).map(Some),
+            None => Ok(None),
+        }
+    }
+
     /// Changes a device.
     ///
     /// # Errors

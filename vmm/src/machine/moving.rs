@@ -251,6 +251,8 @@ pub struct Wire {
     decoder: Decoder,
     out: Vec<u8>,
     way: Arc<Way>,
+    /// When all is to be over, while the guest stands still.
+    deadline: Option<Instant>,
 }
 
 impl Wire {
@@ -260,7 +262,13 @@ impl Wire {
             decoder: Decoder::default(),
             out: Vec::new(),
             way,
+            deadline: None,
         }
+    }
+
+    /// The guest stands still: from here on what is said and heard takes [`PATIENCE`] at most, all together.
+    pub(super) fn hurry(&mut self) {
+        self.deadline = Instant::now().checked_add(PATIENCE);
     }
 
     /// Sends a frame, with others if it is small.
@@ -333,7 +341,8 @@ impl Wire {
         if self.way.is_cancelled() {
             return Err(Error::Cancelled);
         }
-        if since.elapsed() > PATIENCE {
+        let late = self.deadline.is_some_and(|at| at <= Instant::now());
+        if late || since.elapsed() > PATIENCE {
             return Err(Error::Silent);
         }
         let mut watched = [PollFd::new(self.socket.as_fd(), events)];

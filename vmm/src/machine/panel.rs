@@ -106,7 +106,12 @@ pub(super) fn panel(
     Ok(Panel {
         console: console.transpose()?,
         serial,
-        generation: Generation::new(memory.clone(), Arc::clone(&acpi))?,
+        generation: match restore {
+            Some(restore) if restore.is_moved() => {
+                Generation::kept(memory.clone(), Arc::clone(&acpi))
+            }
+            _ => Generation::new(memory.clone(), Arc::clone(&acpi))?,
+        },
         clock: ClockPage::new(memory.clone(), Arc::clone(&acpi))?,
         acpi,
         i8042: Arc::new(i8042),

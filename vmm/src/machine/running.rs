@@ -17,6 +17,7 @@ use crate::kvm::Vm;
 use crate::memory::GuestMemory;
 use crate::snapshot::working_set::Run;
 use crate::virtio::transport::mmio::MmioTransport;
+use crate::virtio::worker::Held;
 
 /// A machine with its threads, sealed and paused.
 pub struct RunningMachine {
@@ -37,6 +38,8 @@ pub struct RunningMachine {
     pub(super) windows: Vec<Arc<MmioTransport>>,
     /// What saves it, if it can be saved.
     pub(super) saver: Option<Saver>,
+    /// The devices of a machine that has come from another VMM, until it runs.
+    pub(super) resting: Option<Held>,
     /// How far its way to another VMM is, if it can go.
     pub(super) way: Option<Arc<Way>>,
     /// Its memory.
@@ -52,6 +55,7 @@ pub struct RunningMachine {
 impl RunningMachine {
     /// Lets the guest run.
     pub fn resume(&mut self) {
+        self.resting = None;
         self.vcpus.resume();
         // Not before: the guest's first instruction waits for none of it.
         if let (Some(saver), Some(runs)) = (&self.saver, self.working_set.take()) {
@@ -99,7 +103,7 @@ impl RunningMachine {
         if is_another {
             self.panel.generation.regenerate()?;
         }
-        Ok(self.panel.clock.disrupt()?)
+        Ok(self.panel.clock.disrupt(is_another)?)
     }
 
     /// How many vCPUs there are now.

@@ -40,6 +40,14 @@ pub enum Error {
         /// Why.
         why: &'static str,
     },
+    /// A device that cannot move, and could be saved.
+    #[error("{device} stays where it is: {why}")]
+    Stays {
+        /// Which one.
+        device: DeviceName,
+        /// Why.
+        why: &'static str,
+    },
     /// A device is on its way out.
     #[error("the guest is letting go of a device: try again")]
     Leaving,
@@ -232,8 +240,15 @@ impl Keeper {
                     None => continue,
                 },
                 // Nothing is being sent any more, and whoever stopped the guest for it shall know.
-                Some(Order::Word(Word::Stopped(..))) => Err(moving::Error::Cancelled.into()),
-                Some(Order::Word(Word::Round(_) | Word::Stay)) => continue,
+                Some(Order::Word(Word::Stopped(_, written))) => {
+                    self.changes.add(&written);
+                    Err(moving::Error::Cancelled.into())
+                }
+                Some(Order::Word(Word::Round(written))) => {
+                    self.changes.add(&written);
+                    continue;
+                }
+                Some(Order::Word(Word::Stay)) => continue,
                 Some(Order::Save(job)) => self.save(*job),
                 Some(Order::Record(file)) => self.record(&file),
             };

@@ -112,7 +112,11 @@ impl Sending<'_> {
             self.way.announce(Phase::WantsRound);
             pages = match wait()? {
                 Word::Round(ours) => self.written(ours)?,
-                Word::Stopped(..) | Word::Stay => return Err(Error::Cancelled),
+                Word::Stopped(_, ours) => {
+                    (self.taken)(&ours);
+                    return Err(Error::Cancelled);
+                }
+                Word::Stay => return Err(Error::Cancelled),
             };
             let left = count(&pages);
             self.way.update(|progress| {
@@ -134,15 +138,22 @@ impl Sending<'_> {
                 add(&mut pages, &self.written(ours)?);
                 self.finish(*machine, &pages)
             }
-            Word::Round(_) | Word::Stay => Err(Error::Cancelled),
+            Word::Round(ours) => {
+                (self.taken)(&ours);
+                Err(Error::Cancelled)
+            }
+            Word::Stay => Err(Error::Cancelled),
         }
     }
 
     /// What was written since the last time, by this process, which says so, and by the guest.
     fn written(&mut self, ours: Bitmaps) -> Result<Bitmaps, Error> {
+        // Taken is taken, whatever KVM says.
+        (self.taken)(&ours);
+        let log = self.reader.dirty_log(self.memory)?;
+        (self.taken)(&log);
         let mut pages = ours;
-        add(&mut pages, &self.reader.dirty_log(self.memory)?);
-        (self.taken)(&pages);
+        add(&mut pages, &log);
         Ok(pages)
     }
 
@@ -229,6 +240,7 @@ impl Sending<'_> {
 
     /// The guest stands still: sends what is left, and has it run at the other end.
     fn finish(&mut self, mut machine: MachineState, pages: &[Vec<u64>]) -> Result<Written, Error> {
+        self.wire.hurry();
         let sent = self.pages(pages, true)?;
         machine.memory = writer::regions(self.memory);
         let sections = sections(&machine, &self.reader.vcpus()?, &self.reader.vm()?)?;

@@ -111,12 +111,16 @@ impl Frame {
 #[derive(Debug, Default)]
 pub struct Decoder {
     bytes: Vec<u8>,
+    /// How many of them were frames already.
+    taken: usize,
 }
 
 impl Decoder {
     /// Takes bytes that have arrived. To be followed by [`Decoder::next_frame`] until that has none, so that never more than
     /// a frame and what came with its end is kept.
     pub fn feed(&mut self, bytes: &[u8]) {
+        self.bytes.drain(..self.taken);
+        self.taken = 0;
         self.bytes.extend_from_slice(bytes);
     }
 
@@ -125,11 +129,10 @@ impl Decoder {
     /// # Errors
     /// When what has arrived is none: the stream is of no use any more.
     pub fn next_frame(&mut self) -> Result<Option<Frame>, Error> {
-        let (Some(kind), Some(length), Some(number)) = (
-            u32_at(&self.bytes, 0),
-            u32_at(&self.bytes, 4),
-            u64_at(&self.bytes, 8),
-        ) else {
+        let rest = self.bytes.get(self.taken..).unwrap_or_default();
+        let (Some(kind), Some(length), Some(number)) =
+            (u32_at(rest, 0), u32_at(rest, 4), u64_at(rest, 8))
+        else {
             return Ok(None);
         };
         let kind = Kind::of(kind).ok_or(Error::Kind(kind))?;
@@ -138,11 +141,11 @@ impl Decoder {
             return Err(Error::Length(length));
         }
         let end = HEADER.saturating_add(size);
-        if self.bytes.len() < end {
+        let Some(payload) = rest.get(HEADER..end) else {
             return Ok(None);
-        }
-        let rest = self.bytes.split_off(end);
-        let payload = std::mem::replace(&mut self.bytes, rest).split_off(HEADER);
+        };
+        let payload = payload.to_vec();
+        self.taken = self.taken.saturating_add(end);
         Ok(Some(Frame {
             kind,
             number,

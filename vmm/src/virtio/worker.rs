@@ -26,6 +26,8 @@ enum Request {
     Update(u16, Update),
     Hold,
     Restore(Vec<Restored>),
+    /// The same, and then rest.
+    RestoreHeld(Vec<Restored>),
 }
 
 /// What comes of it.
@@ -36,6 +38,7 @@ enum Response {
     Updated(Result<Answer, UpdateError>),
     Held(Vec<SavedDevice>, Held),
     Restored(Result<(), RestoreFailed>),
+    RestoredHeld(Result<Held, RestoreFailed>),
 }
 
 /// The control thread's way to the devices on a device thread. Every call waits for its answer.
@@ -100,6 +103,20 @@ impl WorkerHandle {
     pub fn restore(&self, devices: Vec<Restored>) -> Result<(), RestoreFailed> {
         match self.0.ask(Request::Restore(devices)) {
             Some(Response::Restored(result)) => result,
+            _ => Err(RestoreFailed {
+                index: 0,
+                source: "the device thread has ended".into(),
+            }),
+        }
+    }
+
+    /// The same, but the devices touch nothing until [`Held`] is dropped.
+    ///
+    /// # Errors
+    /// The first one that cannot.
+    pub fn restore_held(&self, devices: Vec<Restored>) -> Result<Held, RestoreFailed> {
+        match self.0.ask(Request::RestoreHeld(devices)) {
+            Some(Response::RestoredHeld(result)) => result,
             _ => Err(RestoreFailed {
                 index: 0,
                 source: "the device thread has ended".into(),
@@ -322,6 +339,7 @@ impl DeviceWorker {
         let response = match request {
             Request::Hold => return self.hold(),
             Request::Restore(devices) => Response::Restored(self.restore(devices)),
+            Request::RestoreHeld(devices) => return self.restore_held(devices),
             Request::Run(job) => {
                 job();
                 Response::Ran

@@ -25,6 +25,8 @@ pub(super) const TOKEN: u64 = 1 << 33;
 /// Bytes read at once, and how often in a turn of the event loop.
 const CHUNK: usize = 256 << 10;
 const CHUNKS: usize = 32;
+/// Most frames in a turn: others are served in between.
+const FRAMES: u32 = 1024;
 
 /// `PUT /migration/receive`
 #[derive(Debug, Deserialize)]
@@ -143,9 +145,17 @@ impl Desk {
     pub(super) fn take_connection(
         &mut self,
         machine: Option<&RunningMachine>,
-        (socket, early): (UnixStream, Vec<u8>),
+        connection: Option<(UnixStream, Vec<u8>)>,
         epoll: &Epoll,
     ) {
+        let is_awaited = matches!(self.moving, Moving::WillSend(_) | Moving::WillReceive(_));
+        let Some((socket, early)) = connection else {
+            if is_awaited {
+                // Whoever asked has gone before it was answered.
+                self.moving = Moving::Nothing;
+            }
+            return;
+        };
         match (std::mem::take(&mut self.moving), machine) {
             (Moving::WillSend(limits), Some(machine)) => {
                 // It tells of a machine that runs undisturbed.
@@ -155,7 +165,8 @@ impl Desk {
                     Err(error) => warn!("the machine does not go: {error}"),
                 }
             }
-            (Moving::WillReceive(request), None) => {
+            // Another client may have started a machine in this very turn.
+            (Moving::WillReceive(request), None) if self.started.is_none() => {
                 let event = EpollEvent::new(EventSet::IN, TOKEN);
                 if let Err(error) = epoll.ctl(ControlOperation::Add, socket.as_raw_fd(), event) {
                     return warn!("no machine comes: cannot watch its connection: {error}");
@@ -170,6 +181,7 @@ impl Desk {
                     progress: Progress::default(),
                 }));
             }
+            (Moving::WillSend(_) | Moving::WillReceive(_), _) => {}
             (other, _) => self.moving = other,
         }
     }
@@ -187,7 +199,7 @@ impl Desk {
         match way.progress().phase {
             Phase::WantsRound => {
                 way.update(|progress| progress.phase = Phase::Copying);
-                if let Err(error) = machine.next_round(&self.config) {
+                if let Err(error) = machine.next_round() {
                     warn!("the machine does not go: {error}");
                     machine.call_back();
                 }
@@ -217,7 +229,16 @@ impl Desk {
             // It ended with its last instruction here: there is nothing that could go on elsewhere.
             return machine.call_back();
         }
-        let gone = machine.go(&self.config);
+        let held = match machine.hold(&self.config) {
+            Ok(held) => held,
+            Err(error) => {
+                machine.call_back();
+                machine.resume();
+                self.paused = false;
+                return warn!("the machine stays here: {error}");
+            }
+        };
+        let gone = machine.go(held);
         let stood_still = start.elapsed();
         way.update(|progress| {
             progress.downtime_us = u64::try_from(stood_still.as_micros()).ok();
@@ -238,8 +259,6 @@ impl Desk {
                 self.moving = Moving::Stranded(stranded);
             }
             Err((error, None)) => {
-                // If the devices do not rest, somebody still waits.
-                machine.call_back();
                 machine.resume();
                 self.paused = false;
                 way.announce(Phase::Failed);
@@ -250,40 +269,48 @@ impl Desk {
         }
     }
 
-    /// Takes what has come of a machine.
-    pub(super) fn go_on_receiving(&mut self, mut machine: Option<&mut RunningMachine>) {
+    /// Takes what has come of a machine. Whether there is more to do at once.
+    pub(super) fn go_on_receiving(&mut self, mut machine: Option<&mut RunningMachine>) -> bool {
         let mut chunk = vec![0; CHUNK];
-        // What came with the request.
-        if let Err(why) = self.take_frames(machine.as_deref_mut()) {
-            return self.give_up(machine, &why);
-        }
+        let mut frames = FRAMES;
         for _ in 0..CHUNKS {
-            let Moving::Receiving(incoming) = &mut self.moving else {
-                return;
-            };
-            let came = match socket::receive(&incoming.socket, &mut chunk) {
-                Err(Errno::EAGAIN) => return,
-                Ok(0) => Err(Error::Closed.to_string()),
-                Err(error) => Err(Error::Broken(error.into()).to_string()),
-                Ok(count) => {
-                    incoming
-                        .decoder
-                        .feed(chunk.get(..count).unwrap_or_default());
-                    self.take_frames(machine.as_deref_mut())
-                }
-            };
-            if let Err(why) = came {
-                return self.give_up(machine, &why);
+            // What came with the request, or in the turn before, first.
+            if let Err(why) = self.take_frames(machine.as_deref_mut(), &mut frames) {
+                self.give_up(machine, &why);
+                return false;
+            }
+            if frames == 0 {
+                return true;
             }
             // It is built: what comes now is for who has it in his hands.
             if machine.is_none() && self.started.is_some() {
-                return;
+                return false;
             }
+            let Moving::Receiving(incoming) = &mut self.moving else {
+                return false;
+            };
+            let why = match socket::receive(&incoming.socket, &mut chunk) {
+                Err(Errno::EAGAIN) => return false,
+                Ok(0) => Error::Closed,
+                Err(error) => Error::Broken(error.into()),
+                Ok(count) => {
+                    let came = chunk.get(..count).unwrap_or_default();
+                    incoming.decoder.feed(came);
+                    continue;
+                }
+            };
+            self.give_up(machine, &why.to_string());
+            return false;
         }
+        true
     }
 
-    fn take_frames(&mut self, mut machine: Option<&mut RunningMachine>) -> Result<(), String> {
-        loop {
+    fn take_frames(
+        &mut self,
+        mut machine: Option<&mut RunningMachine>,
+        most: &mut u32,
+    ) -> Result<(), String> {
+        while *most > 0 {
             let Moving::Receiving(incoming) = &mut self.moving else {
                 return Ok(());
             };
@@ -291,8 +318,10 @@ impl Desk {
             let Some(frame) = next.map_err(|error| error.to_string())? else {
                 return Ok(());
             };
+            *most = most.saturating_sub(1);
             self.take_frame(machine.as_deref_mut(), &frame)?;
         }
+        Ok(())
     }
 
     fn take_frame(

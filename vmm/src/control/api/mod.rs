@@ -154,7 +154,7 @@ impl Api {
 
     /// When [`Api::turn`] wants to be called again at the latest.
     pub(super) fn due(&self) -> Option<Instant> {
-        if self.more {
+        if self.more || self.more_comes {
             return Some(Instant::now());
         }
         [self.server.deadline(), self.desk.recording_due()]
@@ -186,12 +186,11 @@ impl Api {
         self.more = self
             .server
             .serve(epoll, |request| desk.answer(None, metrics, &request));
-        if let Some(connection) = self.server.take_upgraded() {
-            desk.take_connection(None, connection, epoll);
-            self.more_comes = true;
-        }
+        let connection = self.server.take_upgraded();
+        self.more_comes |= connection.is_some();
+        desk.take_connection(None, connection, epoll);
         if std::mem::take(&mut self.more_comes) {
-            desk.go_on_receiving(None);
+            self.more_comes = desk.go_on_receiving(None);
         }
         match self.desk.failed.take() {
             Some(error) => Err(error),
@@ -222,11 +221,10 @@ impl Api {
         self.more = self.server.serve(epoll, |request| {
             desk.answer(Some(machine), metrics, &request)
         });
-        if let Some(connection) = self.server.take_upgraded() {
-            desk.take_connection(Some(machine), connection, epoll);
-        }
+        let connection = self.server.take_upgraded();
+        desk.take_connection(Some(machine), connection, epoll);
         if std::mem::take(&mut self.more_comes) {
-            desk.go_on_receiving(Some(machine));
+            self.more_comes = desk.go_on_receiving(Some(machine));
         }
         desk.go_on_sending(machine);
     }

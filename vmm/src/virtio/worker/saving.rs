@@ -66,6 +66,16 @@ impl DeviceWorker {
         let _ = let_go.recv();
     }
 
+    /// As [`DeviceWorker::restore`]; then it waits until the one who asked lets the devices go on.
+    pub(super) fn restore_held(&mut self, devices: Vec<Restored>) {
+        let restored = self.restore(devices);
+        let (held, let_go) = channel();
+        let restored = restored.map(|()| Held(held));
+        self.requests.answer(Response::RestoredHeld(restored));
+        // Nothing is ever sent: it ends when the other end is dropped.
+        let _ = let_go.recv();
+    }
+
     pub(super) fn restore(&mut self, devices: Vec<Restored>) -> Result<(), RestoreFailed> {
         for Restored { index, data, start } in devices {
             let failed =
