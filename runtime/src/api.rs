@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use serde_json::Value;
 
 /// Most bytes of an answer.
-const MAX_ANSWER: usize = 16 << 10;
+pub const MAX_ANSWER: usize = 16 << 10;
 /// How long the VMM may take for what it does at once.
 pub const PATIENCE: Duration = Duration::from_secs(10);
 /// How often whoever waits is asked whether he still does.
@@ -40,16 +40,24 @@ pub fn ask_while(
     exchange(socket, &request(method, path, &body), waits)
 }
 
-fn request(method: &str, path: &str, body: &str) -> String {
+/// The bytes of a request, after which the connection can be used for another one.
+pub fn request(method: &str, path: &str, body: &str) -> String {
     format!(
-        "{method} {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\
+        "{method} {path} HTTP/1.1\r\nHost: localhost\r\n\
          Content-Type: application/json\r\nContent-Length: {}\r\n\r\n{body}",
         body.len()
     )
 }
 
-fn malformed() -> io::Error {
+/// What is no answer.
+pub fn malformed() -> io::Error {
     io::Error::new(io::ErrorKind::InvalidData, "a malformed answer")
+}
+
+/// Words of others, fit for a terminal.
+pub fn plain(words: &str) -> String {
+    let plain = words.chars().filter(|c| !c.is_control());
+    plain.take(MAX_WORDS).collect()
 }
 
 /// What the VMM says.
@@ -62,8 +70,8 @@ pub struct Answer {
 }
 
 impl Answer {
-    /// The whole answer with these bytes; none if they are only its beginning.
-    fn parse(bytes: &[u8]) -> Result<Option<Self>, io::Error> {
+    /// The answer that these bytes begin with, and how many of them it is; none if they are only its beginning.
+    pub fn parse(bytes: &[u8]) -> Result<Option<(Self, usize)>, io::Error> {
         let Some(end) = bytes.windows(4).position(|four| four == b"\r\n\r\n") else {
             return Ok(None);
         };
@@ -94,7 +102,8 @@ impl Answer {
             [] => Value::Null,
             text => serde_json::from_slice(text).map_err(|_| malformed())?,
         };
-        Ok(Some(Self { status, body }))
+        let size = end.saturating_add(4).saturating_add(length);
+        Ok(Some((Self { status, body }, size)))
     }
 
     /// Whether it did as it was told.
@@ -105,9 +114,7 @@ impl Answer {
     /// Its words, fit for a terminal.
     pub fn words(&self) -> String {
         let words = self.body.get("fault_message").and_then(Value::as_str);
-        let words = words.unwrap_or("the VMM refuses without a reason");
-        let plain = words.chars().filter(|c| !c.is_control());
-        plain.take(MAX_WORDS).collect()
+        plain(words.unwrap_or("the VMM refuses without a reason"))
     }
 }
 
@@ -138,7 +145,7 @@ fn exchange(socket: &Path, request: &str, waits: &mut dyn FnMut() -> bool) -> io
         };
         bytes.extend_from_slice(chunk.get(..length).unwrap_or_default());
         match Answer::parse(&bytes)? {
-            Some(answer) => return Ok(answer),
+            Some((answer, _)) => return Ok(answer),
             None if length == 0 => return Err(io::ErrorKind::UnexpectedEof.into()),
             None => {}
         }
@@ -151,18 +158,21 @@ mod tests {
     use serde_json::json;
     use std::os::unix::net::UnixListener;
 
-    fn parse(text: &str) -> Option<Answer> {
+    fn parse(text: &str) -> Option<(Answer, usize)> {
         Answer::parse(text.as_bytes()).unwrap()
     }
 
     #[test]
     fn answers_are_read_whole() {
         let done = "HTTP/1.1 204 \r\nServer: x\r\n\r\n";
-        let body = Value::Null;
-        assert_eq!(parse(done), Some(Answer { status: 204, body }));
+        let (status, body) = (204, Value::Null);
+        assert_eq!(parse(done), Some((Answer { status, body }, done.len())));
         let text = "HTTP/1.1 200 \r\ncontent-LENGTH: 16\r\n\r\n{\"vcpu_count\":3}";
-        let body = json!({"vcpu_count": 3});
-        assert_eq!(parse(text), Some(Answer { status: 200, body }));
+        let (status, body) = (200, json!({"vcpu_count": 3}));
+        let whole = Some((Answer { status, body }, text.len()));
+        assert_eq!(parse(text), whole);
+        // What follows is no part of it.
+        assert_eq!(parse(&format!("{text}{done}")), whole);
         for length in 0..text.len() {
             assert_eq!(parse(&text[..length]), None, "{length}");
         }

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use clap::{ArgAction, Args, Parser, Subcommand};
 
+use crate::migrate::MigrateArgs;
 use crate::page_handler::ServeArgs;
 use crate::units::{parse_duration, parse_memory_mib};
 
@@ -46,6 +47,8 @@ pub enum Command {
     Snapshot(SnapshotCommand),
     /// Run microVMs that go on from a snapshot, in the foreground
     Clone(Box<CloneArgs>),
+    /// Move a running machine to another VMM, here or on another host
+    Migrate(Box<MigrateArgs>),
     /// Remove what killed runs left behind
     Gc,
     /// Register, list and remove guest kernels

@@ -9,6 +9,7 @@ mod inspect;
 mod kernels;
 mod layer;
 mod metrics;
+mod migrate;
 mod monitor;
 mod page_handler;
 mod places;
@@ -58,6 +59,7 @@ fn main() -> ExitCode {
         }
         Command::Clone(args) => clone::run(&args).map_or_else(|error| fail(&error), ExitCode::from),
         Command::SnapshotGuard(args) => done(snapshot::guard(&args)),
+        Command::Migrate(args) => done(migrate::run(&args)),
         Command::Gc => done(gc()),
         Command::Kernel(args) => done(kernels::cli(&args.args)),
         Command::Monitor(args) => done(monitor::main(&args)),

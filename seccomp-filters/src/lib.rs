@@ -52,13 +52,15 @@ pub enum Role {
     Archive,
     /// The `casemate` process that brings a restored machine's pages.
     PageHandler,
+    /// The `casemate` process that carries a machine from one VMM to another.
+    Migration,
     /// A program beside a VMM, in a jail of its own.
     Backend,
 }
 
 impl Role {
     /// Every role.
-    pub const ALL: [Role; 15] = [
+    pub const ALL: [Role; 16] = [
         Role::Control,
         Role::Debugged,
         Role::Device,
@@ -73,6 +75,7 @@ impl Role {
         Role::Unpacker,
         Role::Archive,
         Role::PageHandler,
+        Role::Migration,
         Role::Backend,
     ];
     /// The roles whose threads make up a VMM. Threads share memory, so against a takeover the
@@ -103,6 +106,7 @@ impl Role {
             Role::Unpacker => "unpacker",
             Role::Archive => "archive",
             Role::PageHandler => "page-handler",
+            Role::Migration => "migration",
             Role::Backend => "backend",
         }
     }

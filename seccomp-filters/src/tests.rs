@@ -428,6 +428,34 @@ fn only_setup_makes_userfaultfds_and_only_a_handler_brings_pages() {
     }
 }
 
+/// Who carries a machine reads and writes what it has, and gets nothing else: no other peer, no file.
+#[test]
+fn a_migration_has_its_connections_and_no_others() {
+    const NOSIGNAL: u64 = 0x4000;
+    const CLOEXEC: u64 = 0o2_000_000;
+    let allowed = |call, args: &[u64]| allows(Role::Migration, Stage::Sealed, call, args);
+    assert!(allowed("recvfrom", &[3, 0, 1, 0x40, 0, 0]));
+    assert!(allowed("sendto", &[3, 0, 1, NOSIGNAL, 0, 0]));
+    assert!(allowed("shutdown", &[3, 1]));
+    assert!(allowed("accept4", &[3, 0, 0, CLOEXEC]));
+    // To an address, or with a signal at the end.
+    assert!(!allowed("sendto", &[3, 0, 1, NOSIGNAL, 4096, 16]));
+    assert!(!allowed("sendto", &[3, 0, 1, 0, 0, 0]));
+    for call in [
+        "socket",
+        "connect",
+        "bind",
+        "listen",
+        "openat",
+        "sendmsg",
+        "recvmsg",
+        "setsockopt",
+        "ioctl",
+    ] {
+        assert!(!allowed(call, &[3, 0, 0, 0, 0, 0]), "{call}");
+    }
+}
+
 #[test]
 fn setup_may_take_the_performance_counters_away() {
     const KVM_ENABLE_CAP: [u64; 2] = [9, 0x4068_aea3];

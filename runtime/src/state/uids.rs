@@ -12,6 +12,7 @@ use std::path::{Path, PathBuf};
 
 use super::{Error, io_error, process};
 use crate::kernels::UNPACKER_ID;
+use crate::migrate::MIGRATION_ID;
 use crate::page_handler::PAGE_HANDLER_ID;
 use crate::places::Places;
 
@@ -53,7 +54,8 @@ impl UidRange {
         // Below 1000 are the system's own; -1 and -2 have meanings in system calls.
         let usable = range.first >= 1000 && range.last <= u32::MAX - 2 && range.first <= range.last;
         let has = |uid| (range.first..=range.last).contains(&uid);
-        (usable && ![NOBODY, UNPACKER_ID, PAGE_HANDLER_ID].into_iter().any(has)).then_some(range)
+        let taken = [NOBODY, UNPACKER_ID, PAGE_HANDLER_ID, MIGRATION_ID];
+        (usable && !taken.into_iter().any(has)).then_some(range)
     }
 
     fn from(self, start: u32) -> impl Iterator<Item = u32> {
@@ -198,6 +200,7 @@ mod tests {
             "1000-4294967294",
             "60000-70000",
             "1667301377-1667301377",
+            "1667301379-1667301379",
             "a-b",
         ] {
             assert_eq!(UidRange::parse(bad), None, "{bad}");

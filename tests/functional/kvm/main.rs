@@ -17,6 +17,7 @@ mod entropy;
 mod hostile;
 mod machine;
 mod mem;
+mod migrate;
 mod migration;
 mod net;
 mod numa;

@@ -13,16 +13,16 @@ fn rounds(disk: &Path, task: &str, jailed: bool) -> Vm {
     if jailed { vm } else { vm.unjailed() }
 }
 
-struct Pair {
+pub(super) struct Pair {
     _dir: tempfile::TempDir,
     disk: PathBuf,
-    source_api: PathBuf,
-    source: Machine,
+    pub(super) source_api: PathBuf,
+    pub(super) source: Machine,
     jailed: bool,
 }
 
 impl Pair {
-    fn new(jailed: bool) -> Self {
+    pub(super) fn new(jailed: bool) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let disk = dir.path().join("disk");
         pattern_disk(&disk, 8).unwrap();
@@ -48,7 +48,7 @@ impl Pair {
     }
 
     /// Another VMM, and a way to it.
-    fn target(&self) -> (Machine, PathBuf) {
+    pub(super) fn target(&self) -> (Machine, PathBuf) {
         let vm = rounds(&self.disk, "", self.jailed);
         let api = vm.api_path();
         (Machine::new(vm), api)
@@ -65,7 +65,7 @@ impl Pair {
     }
 
     /// It runs on here, and its API says why.
-    fn assert_stayed(&mut self, words: &str) {
+    pub(super) fn assert_stayed(&mut self, words: &str) {
         self.source.wait_until("the machine stays", |machine| {
             machine.get("/migration")["phase"] == "failed"
         });
@@ -78,7 +78,7 @@ impl Pair {
     }
 }
 
-fn count(said: &str) -> usize {
+pub(super) fn count(said: &str) -> usize {
     said.matches("probe: round ").count()
 }
 

@@ -132,11 +132,12 @@ impl Sending<'_> {
                 return Err(Error::TooFast { rounds, left, rate });
             }
         }
+        let stop = Instant::now();
         self.way.announce(Phase::WantsStop);
         match wait()? {
             Word::Stopped(machine, ours) => {
                 add(&mut pages, &self.written(ours)?);
-                self.finish(*machine, &pages)
+                self.finish(*machine, &pages, stop)
             }
             Word::Round(ours) => {
                 (self.taken)(&ours);
@@ -238,8 +239,13 @@ impl Sending<'_> {
         Ok(sent)
     }
 
-    /// The guest stands still: sends what is left, and has it run at the other end.
-    fn finish(&mut self, mut machine: MachineState, pages: &[Vec<u64>]) -> Result<Written, Error> {
+    /// The guest stands still, since `stop`: sends what is left, and has it run at the other end.
+    fn finish(
+        &mut self,
+        mut machine: MachineState,
+        pages: &[Vec<u64>],
+        stop: Instant,
+    ) -> Result<Written, Error> {
         self.wire.hurry();
         let sent = self.pages(pages, true)?;
         machine.memory = writer::regions(self.memory);
@@ -260,9 +266,13 @@ impl Sending<'_> {
         if self.way.is_cancelled() {
             return Err(Error::Cancelled);
         }
+        // Who carries the bytes may tell of it, and can ask nobody any more.
+        let mut progress = self.way.progress();
+        progress.downtime_us = u64::try_from(stop.elapsed().as_micros()).ok();
+        let progress = serde_json::to_vec(&progress)?;
         // Whatever happens from here on: the guest does not go on in this process.
         let gone = |error| Error::Unknown(Box::new(error));
-        self.wire.send(Kind::Go, 0, &[]).map_err(gone)?;
+        self.wire.send(Kind::Go, 0, &progress).map_err(gone)?;
         self.wire.flush().map_err(gone)?;
         self.wire
             .expect(Kind::Running, "word that it runs")

@@ -35,7 +35,8 @@ pub enum Kind {
     State = 4,
     /// All is there: build it.
     Build = 5,
-    /// It is yours now: let it run.
+    /// It is yours now: let it run. The payload says in JSON what it has taken until now, as `GET /migration` does: for whoever
+    /// carries these bytes, not for the other end.
     Go = 6,
     /// It may come.
     Accepted = 17,
