@@ -37,7 +37,7 @@ fn both_files_are_described() {
     let state = path("state");
     std::fs::write(&state, format::encode(ID, &[section]).unwrap()).unwrap();
     let expected = "v1.0.0\nstate of snapshot abababababababababababababababab\n\
-                    section of kind 3, index 0, version 2: 2 bytes\n";
+                    section vm, index 0, version 2: 2 bytes\n";
     assert_eq!(said(&["--describe-snapshot", &state]), expected);
     let guest = casemate_vmm::memory::allocate(1 << 20).unwrap();
     let file = std::fs::File::create_new(path("memory")).unwrap();
