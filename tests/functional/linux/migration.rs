@@ -68,7 +68,11 @@ fn a_tcp_connection_lives_through_a_move() {
         assert!(done.status.success(), "{args:?}: {done:?}");
     };
     ip(&["tuntap", "add", "tap1", "mode", "tap", "vnet_hdr"]);
-    ip(&["link", "set", "tap1", "up"]);
+    for tap in ["tap0", "tap1"] {
+        // The neighbour that the guest knows, as it would on a bridge: it would ask for another one only minutes later.
+        ip(&["link", "set", tap, "address", "02:00:00:00:00:01"]);
+        ip(&["link", "set", tap, "up"]);
+    }
     ip(&["link", "set", "lo", "up"]);
     ip(&["address", "add", HOST, "dev", "lo"]);
     ip(&["route", "add", "10.99.0.2", "dev", "tap0"]);
