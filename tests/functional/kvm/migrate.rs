@@ -8,7 +8,7 @@ use nix::sys::signal::Signal;
 use nix::unistd::Pid;
 use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair};
 
-use super::migration::{Pair, count};
+use super::migration::{Pair, assert_goes_on};
 
 /// The command's exit code when a machine has not moved.
 const FAILED: u8 = 125;
@@ -27,16 +27,7 @@ fn text(path: &Path) -> &str {
 fn assert_moved(pair: Pair, target: Machine) {
     let gone = pair.source.vm.wait().unwrap();
     assert_eq!(gone.code, exit::MOVED, "{gone:#?}");
-    let far = format!("probe: round {}", count(&gone.stdout) + 10);
-    target.vm.wait_for_line(&far).unwrap();
-    let all = gone.stdout + &target.vm.said();
-    assert!(!all.contains("FAIL"), "{all}");
-    let rounds: Vec<usize> = all
-        .lines()
-        .filter_map(|line| line.strip_prefix("probe: round ")?.parse().ok())
-        .collect();
-    let said = &rounds[..rounds.len() - 1];
-    assert!(said.iter().copied().eq(0..said.len()), "{all}");
+    assert_goes_on(gone.stdout, &target);
     target.kill();
 }
 

@@ -78,8 +78,25 @@ impl Pair {
     }
 }
 
-pub(super) fn count(said: &str) -> usize {
+fn count(said: &str) -> usize {
     said.matches("probe: round ").count()
+}
+
+/// The guest of which the machine that has gone `said` this runs on in `target`, and no round is missing or there twice.
+#[track_caller]
+pub(super) fn assert_goes_on(said: String, target: &Machine) {
+    let far = format!("probe: round {}", count(&said) + 10);
+    target.vm.wait_for_line(&far).unwrap();
+    // One guest's words, though a line may have been cut in two.
+    let all = said + &target.vm.said();
+    assert!(!all.contains("FAIL"), "{all}");
+    let rounds: Vec<usize> = all
+        .lines()
+        .filter_map(|line| line.strip_prefix("probe: round ")?.parse().ok())
+        .collect();
+    // The last one may be on its way.
+    let said = &rounds[..rounds.len() - 1];
+    assert!(said.iter().copied().eq(0..said.len()), "{all}");
 }
 
 const PATIENT: &str = r#"{"downtime_ms": 10000}"#;
@@ -95,18 +112,7 @@ fn a_machine_moves_while_it_runs() {
         let gone = pair.source.vm.wait().unwrap();
         assert_eq!(gone.code, exit::MOVED, "{gone:#?}");
         assert!(relay.wait() > 4096);
-        let far = format!("probe: round {}", count(&gone.stdout) + 10);
-        target.vm.wait_for_line(&far).unwrap();
-        // One guest's words, though a line may have been cut in two.
-        let all = gone.stdout + &target.vm.said();
-        assert!(!all.contains("FAIL"), "{all}");
-        let rounds: Vec<usize> = all
-            .lines()
-            .filter_map(|line| line.strip_prefix("probe: round ")?.parse().ok())
-            .collect();
-        // The last one may be on its way.
-        let said = &rounds[..rounds.len() - 1];
-        assert!(said.iter().copied().eq(0..said.len()), "{all}");
+        assert_goes_on(gone.stdout, &target);
         // It can go on from there.
         let pair = Pair {
             source: target,
