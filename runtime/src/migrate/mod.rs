@@ -55,7 +55,7 @@ pub enum Error {
     #[error(transparent)]
     State(#[from] state::Error),
     /// It has no API.
-    #[error("{0} has no API, and thus cannot be moved: start it with --max-cpus")]
+    #[error("{0} has no API, and thus cannot be moved: start it with --snapshots or --max-cpus")]
     NoApi(String),
     /// A socket.
     #[error("cannot reach {what}: {source}")]
