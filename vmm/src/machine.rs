@@ -519,15 +519,9 @@ impl Machine {
         lockdown::enter(Role::Control, Stage::Sealed)?;
         let registers = self.panel.vcpus.clone();
         let is_restored = self.restored.is_some();
-        let restored = self.restored.unwrap_or_default();
-        // What its driver has asked for is done where the machine still is, as long as it is not here.
-        let resting = match self.is_moved {
-            true => self.devices.restore_held(restored)?,
-            false => {
-                self.devices.restore(restored)?;
-                None
-            }
-        };
+        let resting = self.devices.restore(self.restored.unwrap_or_default())?;
+        // What the driver of a machine that comes has asked for is done where it still is, as long as it is not here.
+        let resting = resting.filter(|_| self.is_moved);
         let running = RunningMachine {
             panel: self.panel,
             hotplug: self.hotplug,

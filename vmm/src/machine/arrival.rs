@@ -4,6 +4,7 @@ use std::fs::File;
 
 use vm_memory::{Bytes as _, GuestAddress, GuestMemoryBackend as _, GuestMemoryRegion as _};
 
+use super::error::host;
 use super::moving::Offer;
 use super::restoring::Error as RestoreError;
 use super::state::{self, Saved};
@@ -13,7 +14,7 @@ use crate::kvm::Vm;
 use crate::kvm::cpuid::check_features;
 use crate::memory::{self, GuestMemory, dirty};
 use crate::snapshot::format::{self, MAX_STATE};
-use crate::snapshot::memory::{PAGE, regions};
+use crate::snapshot::memory::PAGE;
 use crate::snapshot::stream::whole_pages;
 
 /// Most pages that become zero by one frame.
@@ -30,8 +31,9 @@ impl Arrival {
     ///
     /// # Errors
     /// When its CPU had what this one has not, its memory makes no sense, or there is no room.
-    pub fn new(offer: &Offer, kvm: File) -> Result<Self, Error> {
+    pub fn new(offer: &Offer, kvm: &File) -> Result<Self, Error> {
         let config = &offer.config;
+        let kvm = kvm.try_clone().map_err(host("share KVM's descriptor"))?;
         let vm = Vm::new(kvm)?;
         let supported = vm.supported_cpuid()?;
         let template = Template::of(config, &vm, &supported)?;
@@ -123,14 +125,7 @@ impl Arrival {
         let (id, sections) = format::decode(&self.state)?;
         let saved = state::parse(id, &sections)?;
         // What came is no change.
-        self.memory
-            .iter()
-            .for_each(|region| drop(dirty::of(region).take()));
+        dirty::take_all(&self.memory);
         Ok((saved, self.memory))
-    }
-
-    /// Where its memory is.
-    pub fn regions(&self) -> Vec<(u64, u64)> {
-        regions(&self.memory)
     }
 }

@@ -51,8 +51,7 @@ impl Changes {
     /// When KVM refuses.
     pub(super) fn take(&mut self, reader: &StateReader, memory: &GuestMemory) -> Result<(), Error> {
         if self.tracked {
-            let ours: Vec<_> = memory.iter().map(|it| dirty::of(it).take()).collect();
-            self.add(&ours);
+            self.add(&dirty::take_all(memory));
             self.add(&reader.dirty_log(memory)?);
         }
         Ok(())

@@ -9,7 +9,7 @@ use super::RunningMachine;
 use super::devices::DeviceName;
 use super::moving::{Limits, Offer, Way};
 use super::saving::{Error, HeldMachine, Order, Stranded};
-use super::sending::{Bitmaps, Departure, Word};
+use super::sending::{Departure, Word};
 use crate::config::Config;
 use crate::memory::dirty;
 use crate::snapshot::memory::{Written, regions};
@@ -74,7 +74,7 @@ impl RunningMachine {
             self.stay(config);
             return Err(Error::Log(error));
         }
-        let written = self.written();
+        let written = dirty::take_all(&self.memory);
         drop(held);
         way.begin();
         saver.tell(Order::Send(Box::new(Departure {
@@ -101,7 +101,7 @@ impl RunningMachine {
         let saver = self.saver.as_ref().ok_or(Error::NoSaver)?;
         // What is under way now is marked, and would not be again.
         let held = self.rest()?;
-        let written = self.written();
+        let written = dirty::take_all(&self.memory);
         drop(held);
         saver.tell(Order::Word(Word::Round(written)));
         Ok(())
@@ -112,7 +112,7 @@ impl RunningMachine {
     /// # Errors
     /// When that fails: the machine may go on here, unless [`Stranded`] says that it may run there.
     pub fn go(&self, held: HeldMachine<'_>) -> Result<Written, (Error, Option<Stranded>)> {
-        held.send(self.written())
+        held.send(dirty::take_all(&self.memory))
     }
 
     /// Tells whoever waits for a word to go on that the machine stays.
@@ -129,10 +129,5 @@ impl RunningMachine {
         {
             log::warn!("the guest's writes are kept on: {error}");
         }
-    }
-
-    fn written(&self) -> Bitmaps {
-        let regions = self.memory.iter();
-        regions.map(|region| dirty::of(region).take()).collect()
     }
 }

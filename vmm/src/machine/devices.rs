@@ -110,21 +110,10 @@ impl Devices {
     }
 
     /// See [`WorkerHandle::restore`].
-    pub(super) fn restore(&self, devices: Vec<Restored>) -> Result<(), RestoreFailed> {
+    pub(super) fn restore(&self, devices: Vec<Restored>) -> Result<Option<Held>, RestoreFailed> {
         match &self.worker {
-            Some(worker) if !devices.is_empty() => worker.restore(devices),
-            _ => Ok(()),
-        }
-    }
-
-    /// The same, but they touch nothing until what this returns is dropped.
-    pub(super) fn restore_held(
-        &self,
-        devices: Vec<Restored>,
-    ) -> Result<Option<Held>, RestoreFailed> {
-        match &self.worker {
-            Some(worker) => worker.restore_held(devices).map(Some),
-            None => Ok(None),
+            Some(worker) if !devices.is_empty() => worker.restore(devices).map(Some),
+            _ => Ok(None),
         }
     }
 

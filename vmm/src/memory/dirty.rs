@@ -7,7 +7,9 @@ use std::num::NonZeroUsize;
 use std::sync::OnceLock;
 
 use vm_memory::bitmap::{AtomicBitmap, Bitmap, NewBitmap, RefSlice, WithBitmapSlice};
-use vm_memory::{GuestRegionMmap, MmapRegion};
+use vm_memory::{GuestMemoryBackend as _, GuestRegionMmap, MmapRegion};
+
+use super::GuestMemory;
 
 /// What a bit stands for.
 pub const PAGE_SIZE: NonZeroUsize = NonZeroUsize::new(4096).unwrap();
@@ -47,6 +49,17 @@ impl DirtyPages {
     }
 }
 
+/// The pages of all regions of `memory`, as [`DirtyPages::take`] has them.
+pub fn take_all(memory: &GuestMemory) -> Vec<Vec<u64>> {
+    memory.iter().map(|region| of(region).take()).collect()
+}
+
+/// The numbers of the pages whose bit is set in `word`, the first of which stands for the page `first`.
+pub fn numbers(first: u64, word: u64) -> impl Iterator<Item = u64> {
+    let bits = (0..u64::BITS).filter(move |bit| word.wrapping_shr(*bit) & 1 == 1);
+    bits.map(move |bit| first.saturating_add(bit.into()))
+}
+
 /// The pages of `region`.
 pub fn of(region: &GuestRegionMmap<DirtyPages>) -> &DirtyPages {
     let mapping: &MmapRegion<DirtyPages> = region;
@@ -76,5 +89,17 @@ impl Bitmap for DirtyPages {
 impl NewBitmap for DirtyPages {
     fn with_len(_: usize) -> Self {
         Self::default()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bits_are_pages() {
+        assert_eq!(numbers(64, 5).collect::<Vec<_>>(), [64, 66]);
+        assert_eq!(numbers(0, 1 << 63).collect::<Vec<_>>(), [63]);
+        assert_eq!(numbers(9, 0).count(), 0);
     }
 }

@@ -8,6 +8,7 @@ use super::SnapshotId;
 use super::memory::{Error, PAGE, bitmap, page_checksum, pages, trailer, verify};
 use super::trailer::Trailer;
 use super::writer::set_length;
+use crate::memory::dirty;
 
 /// Makes `new` the memory file of the snapshot whose differences are in `diff`, from `base`, all of the memory that they are
 /// against, and says which snapshot that is. What was in `new` is gone.
@@ -87,10 +88,7 @@ fn numbers(trailer: &Trailer, dirty: &[Vec<u64>]) -> impl Iterator<Item = u64> {
     });
     regions.zip(dirty).flat_map(|(region, words)| {
         let words = region.clone().step_by(u64::BITS as usize).zip(words);
-        let numbers = words.flat_map(|(first, word)| {
-            let bits = (0..u64::BITS).filter(move |bit| word >> bit & 1 == 1);
-            bits.map(move |bit| first.saturating_add(bit.into()))
-        });
+        let numbers = words.flat_map(|(first, word)| dirty::numbers(first, *word));
         // Bits of no page are none.
         numbers.filter(move |number| region.contains(number))
     })
@@ -107,11 +105,11 @@ mod tests {
     use std::os::unix::fs::MetadataExt as _;
 
     use proptest::prelude::*;
-    use vm_memory::{Bytes as _, GuestAddress, GuestMemoryBackend as _};
+    use vm_memory::{Bytes as _, GuestAddress};
 
     use super::*;
     use crate::memory::touched::Untouched;
-    use crate::memory::{GuestMemory, Options, allocate_regions, dirty};
+    use crate::memory::{GuestMemory, Options, allocate_regions};
     use crate::snapshot::memory::{check, write as save, write_diff};
 
     const REGIONS: [(u64, u64); 2] = [(0, 130 * PAGE), (4 << 30, 70 * PAGE)];
@@ -146,7 +144,7 @@ mod tests {
 
     /// What has changed since the last time.
     fn changes(memory: &GuestMemory, id: SnapshotId, base: SnapshotId) -> File {
-        let dirty: Vec<_> = memory.iter().map(|each| dirty::of(each).take()).collect();
+        let dirty = dirty::take_all(memory);
         let file = tempfile::tempfile().unwrap();
         write_diff(memory, Untouched::Mapped, &file, id, base, &dirty).unwrap();
         file
@@ -171,9 +169,7 @@ mod tests {
         }
         let base = whole(&memory, IDS[0]);
         let blocks = base.metadata().unwrap().blocks();
-        memory
-            .iter()
-            .for_each(|region| drop(dirty::of(region).take()));
+        dirty::take_all(&memory);
         poke(&memory, 0, 0); // a hole now
         poke(&memory, 1, 8);
         poke(&memory, 65, 9);
@@ -232,9 +228,7 @@ mod tests {
         // Of a base that is damaged too, it shows.
         poke(&memory, 5, 1);
         let base = whole(&memory, IDS[0]);
-        memory
-            .iter()
-            .for_each(|region| drop(dirty::of(region).take()));
+        dirty::take_all(&memory);
         poke(&memory, 5, 2);
         let diff = changes(&memory, IDS[1], IDS[0]);
         base.write_all_at(&[7], 5 * PAGE).unwrap();

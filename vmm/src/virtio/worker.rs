@@ -26,8 +26,6 @@ enum Request {
     Update(u16, Update),
     Hold,
     Restore(Vec<Restored>),
-    /// The same, and then rest.
-    RestoreHeld(Vec<Restored>),
 }
 
 /// What comes of it.
@@ -37,8 +35,7 @@ enum Response {
     Removed(Option<Box<dyn VirtioDevice>>),
     Updated(Result<Answer, UpdateError>),
     Held(Vec<SavedDevice>, Held),
-    Restored(Result<(), RestoreFailed>),
-    RestoredHeld(Result<Held, RestoreFailed>),
+    Restored(Result<Held, RestoreFailed>),
 }
 
 /// The control thread's way to the devices on a device thread. Every call waits for its answer.
@@ -96,27 +93,14 @@ impl WorkerHandle {
         }
     }
 
-    /// Has devices that have never run go on from saved ones, and those start that ran.
+    /// Has devices that have never run go on from saved ones, and those start that ran, once [`Held`] is dropped: until then
+    /// they touch nothing.
     ///
     /// # Errors
     /// The first one that cannot.
-    pub fn restore(&self, devices: Vec<Restored>) -> Result<(), RestoreFailed> {
+    pub fn restore(&self, devices: Vec<Restored>) -> Result<Held, RestoreFailed> {
         match self.0.ask(Request::Restore(devices)) {
             Some(Response::Restored(result)) => result,
-            _ => Err(RestoreFailed {
-                index: 0,
-                source: "the device thread has ended".into(),
-            }),
-        }
-    }
-
-    /// The same, but the devices touch nothing until [`Held`] is dropped.
-    ///
-    /// # Errors
-    /// The first one that cannot.
-    pub fn restore_held(&self, devices: Vec<Restored>) -> Result<Held, RestoreFailed> {
-        match self.0.ask(Request::RestoreHeld(devices)) {
-            Some(Response::RestoredHeld(result)) => result,
             _ => Err(RestoreFailed {
                 index: 0,
                 source: "the device thread has ended".into(),
@@ -338,8 +322,7 @@ impl DeviceWorker {
         };
         let response = match request {
             Request::Hold => return self.hold(),
-            Request::Restore(devices) => Response::Restored(self.restore(devices)),
-            Request::RestoreHeld(devices) => return self.restore_held(devices),
+            Request::Restore(devices) => return self.restore_and_rest(devices),
             Request::Run(job) => {
                 job();
                 Response::Ran

@@ -122,9 +122,6 @@ pub enum Fault {
     /// Nothing to cancel.
     #[error("no machine is being moved")]
     NotMoving,
-    /// Something that this VMM does not do yet.
-    #[error("{0} is not supported yet")]
-    NotYet(&'static str),
 }
 
 impl Fault {

@@ -413,10 +413,8 @@ impl Desk {
         self.source.forget();
         let mut resources = self.source.open(&config, Beginning::Snapshot)?;
         resources.metadata = std::sync::Arc::clone(&self.metadata);
-        let kvm = resources.kvm.try_clone();
-        let kvm = kvm.map_err(|error| Fault::NotReceived(Error::Broken(error)))?;
         Ok(Coming {
-            arrival: Arrival::new(&offer, kvm)?,
+            arrival: Arrival::new(&offer, &resources.kvm)?,
             resources,
             offered: offer.config,
             config,

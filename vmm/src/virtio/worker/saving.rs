@@ -60,23 +60,24 @@ impl DeviceWorker {
             })
         };
         let devices = (0..).zip(&mut self.slots).filter_map(save).collect();
-        let (held, let_go) = channel();
-        self.requests.answer(Response::Held(devices, Held(held)));
-        // Nothing is ever sent: it ends when the other end is dropped.
-        let _ = let_go.recv();
+        self.rest(|held| Response::Held(devices, held));
     }
 
-    /// As [`DeviceWorker::restore`]; then it waits until the one who asked lets the devices go on.
-    pub(super) fn restore_held(&mut self, devices: Vec<Restored>) {
+    /// Has all devices go on from saved ones, answers, and waits until the one who asked lets them.
+    pub(super) fn restore_and_rest(&mut self, devices: Vec<Restored>) {
         let restored = self.restore(devices);
+        self.rest(|held| Response::Restored(restored.map(|()| held)));
+    }
+
+    /// Answers, and does nothing as long as what the answer has of it lives.
+    fn rest(&self, answer: impl FnOnce(Held) -> Response) {
         let (held, let_go) = channel();
-        let restored = restored.map(|()| Held(held));
-        self.requests.answer(Response::RestoredHeld(restored));
+        self.requests.answer(answer(Held(held)));
         // Nothing is ever sent: it ends when the other end is dropped.
         let _ = let_go.recv();
     }
 
-    pub(super) fn restore(&mut self, devices: Vec<Restored>) -> Result<(), RestoreFailed> {
+    fn restore(&mut self, devices: Vec<Restored>) -> Result<(), RestoreFailed> {
         for Restored { index, data, start } in devices {
             let failed =
                 |source: Box<dyn std::error::Error + Send + Sync>| RestoreFailed { index, source };
